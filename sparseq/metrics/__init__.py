@@ -1,0 +1,5 @@
+"""Translation metrics: BLEU and chrF through sacrebleu, with signatures and optional confidence intervals."""
+
+from sparseq.metrics.translation import translation_scores
+
+__all__ = ["translation_scores"]
