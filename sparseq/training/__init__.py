@@ -1,0 +1,1 @@
+"""Training of tokenizers and models: recipes, trainers and the commands that run them."""
