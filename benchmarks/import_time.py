@@ -9,6 +9,7 @@ that of the medians. Run it on an idle machine:
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def environment() -> dict[str, str]:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
     return {
         "commit": commit.stdout.strip() or "unknown",
-        "machine": f"{platform.machine()} {platform.system()} {platform.release()}",
+        "machine": f"{platform.machine()} {platform.system()} {platform.release()}, {os.cpu_count()} CPUs",
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in ("sparseq", "transformers", "torch")},
     }

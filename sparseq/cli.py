@@ -27,7 +27,9 @@ class Command(NamedTuple):
     help: str
 
 
-COMMANDS: dict[str, Command] = {}
+COMMANDS: dict[str, Command] = {
+    "train-tokenizer": Command("sparseq.training.tokenizer_command", "train a tokenizer on text files or a dataset"),
+}
 
 EXTRAS = {
     "accelerate": "train",
@@ -43,9 +45,8 @@ _DESCRIPTION = "Train, score and use Sparseq encoder-decoder models."
 
 _EPILOG = """\
 examples:
-  sparseq demo                       train, score, save and reload a small model, in a few minutes on a CPU
-  sparseq train --list               the training recipes that come with sparseq
-  sparseq train tiny --dry-run       check a recipe without training
+  sparseq train-tokenizer train.en train.de --language de --output tokenizer
+                                     one tokenizer for both languages, with the tag <2de>
   sparseq COMMAND --help             the arguments of a command, with examples
 
 An error of yours is reported in one line; --debug (or SPARSEQ_DEBUG=1) shows the full traceback.

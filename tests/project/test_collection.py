@@ -1,6 +1,7 @@
 """Every test file is run by `make test` or, where all its tests are slow, by `make test-all`."""
 
 import ast
+import functools
 import os
 import re
 import subprocess
@@ -13,6 +14,9 @@ ROOT = Path(__file__).parents[2]
 
 # What an outer make hands to its recipes would change what the inner make prints.
 MAKE_VARIABLES = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHON", "ARGS", "PYTEST_ADDOPTS"}
+
+# One worker runs all of these, so that the suite is collected once for each target.
+pytestmark = pytest.mark.xdist_group("collection")
 
 
 def environment() -> dict[str, str]:
@@ -37,16 +41,21 @@ def pytest_command(target: str, root: Path) -> str:
     return line
 
 
-def collected(target: str, root: Path = ROOT) -> set[str]:
+@functools.cache
+def collected(target: str, root: Path = ROOT) -> frozenset[str]:
     """The ids of the tests that `make TARGET` runs."""
     result = subprocess.run(
         pytest_command(target, root), shell=True, cwd=root, env=environment(), capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    return {line.strip() for line in result.stdout.splitlines() if re.match(r"\S+\.py::", line)}
+    return ids_in(result.stdout)
 
 
-def files_of(ids: set[str], root: Path = ROOT) -> set[Path]:
+def ids_in(listing: str) -> frozenset[str]:
+    return frozenset(line.strip() for line in listing.splitlines() if re.match(r"\S+\.py::", line))
+
+
+def files_of(ids: frozenset[str], root: Path = ROOT) -> set[Path]:
     return {root / name.partition("::")[0] for name in ids}
 
 
@@ -77,9 +86,8 @@ def test_make_test_leaves_out_only_what_is_marked_slow() -> None:
         capture_output=True,
         text=True,
     ).stdout
-    slow = {line.strip() for line in marked_slow.splitlines() if re.match(r"\S+\.py::", line)}
     assert quick, "`make test` collects nothing"
-    assert everything - quick == slow
+    assert everything - quick == ids_in(marked_slow)
 
 
 @pytest.mark.parametrize("name", ["model_test.py", "checks.py"])
