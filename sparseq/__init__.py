@@ -1,0 +1,31 @@
+"""Sparseq: a modern encoder-decoder Transformer for the Hugging Face ecosystem."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForTextEncoding, AutoTokenizer
+
+from .configuration_sparseq import SparseqConfig
+from .modeling_sparseq import (
+    SparseqEncoderModel,
+    SparseqForConditionalGeneration,
+    SparseqModel,
+    SparseqPreTrainedModel,
+)
+from .tokenization_sparseq import SparseqTokenizer
+
+__version__ = "0.1.0"
+
+# `exist_ok`: importing twice, as a reload or a second copy of the package does, is harmless.
+AutoConfig.register("sparseq", SparseqConfig, exist_ok=True)
+AutoModel.register(SparseqConfig, SparseqModel, exist_ok=True)
+AutoModelForSeq2SeqLM.register(SparseqConfig, SparseqForConditionalGeneration, exist_ok=True)
+AutoModelForTextEncoding.register(SparseqConfig, SparseqEncoderModel, exist_ok=True)
+AutoTokenizer.register(SparseqConfig, fast_tokenizer_class=SparseqTokenizer, exist_ok=True)
+
+__all__ = [
+    "SparseqConfig",
+    "SparseqEncoderModel",
+    "SparseqForConditionalGeneration",
+    "SparseqModel",
+    "SparseqPreTrainedModel",
+    "SparseqTokenizer",
+    "__version__",
+]

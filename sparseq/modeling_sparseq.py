@@ -1,0 +1,1430 @@
+# Copyright 2026 The Sparseq authors. Licensed under the Apache License, Version 2.0.
+"""
+Sparseq: the encoder-decoder Transformer of "Attention Is All You Need" (arXiv 1706.03762) with selectable positions,
+grouped-query attention (arXiv 2305.13245) and dropless mixture-of-experts feed-forward layers.
+
+Shapes: B batch, S source length, T target length, L length of either, H hidden size, A attention heads, D size of one
+head, E experts, K experts per token, F inner width of one expert, N tokens (B * L), V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import can_return_tuple, is_torchdynamo_compiling, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_sparseq import SparseqConfig
+
+logger = logging.get_logger(__name__)
+
+# generate() would otherwise stop at 20 tokens; long enough for a sentence or a summary.
+DEFAULT_MAX_LENGTH = 256
+
+
+@dataclass
+class SparseqEncoderOutput(BaseModelOutput):
+    """
+    Output of the encoder: the library's fields, and
+
+    Args:
+        router_logits: One tensor `(B * S, E)` for each sparse layer, with `output_router_logits=True`.
+        router_indices: One tensor `(B * S, K)` for each sparse layer, with `output_router_indices=True`: the chosen
+            experts, E for padding.
+    """
+
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    router_indices: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class SparseqDecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """Output of the decoder: the library's fields, and router logits and choices as in `SparseqEncoderOutput`."""
+
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    router_indices: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class SparseqModelOutput(Seq2SeqModelOutput):
+    """
+    Output of `SparseqModel`: the library's fields, and
+
+    Args:
+        encoder_router_logits, decoder_router_logits: One tensor `(B * L, E)` for each sparse layer of the stack.
+        encoder_router_indices, decoder_router_indices: One tensor `(B * L, K)` for each sparse layer.
+    """
+
+    encoder_router_logits: tuple[torch.Tensor, ...] | None = None
+    decoder_router_logits: tuple[torch.Tensor, ...] | None = None
+    encoder_router_indices: tuple[torch.Tensor, ...] | None = None
+    decoder_router_indices: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class SparseqSeq2SeqLMOutput(Seq2SeqLMOutput):
+    """
+    Output of `SparseqForConditionalGeneration`: the library's fields, and
+
+    Args:
+        encoder_router_logits, decoder_router_logits: As in `SparseqModelOutput`.
+        encoder_aux_loss, decoder_aux_loss: Load-balancing loss of the stack before its coefficient, a scalar.
+        encoder_z_loss, decoder_z_loss: Router z-loss of the stack before its coefficient, a scalar.
+    """
+
+    encoder_router_logits: tuple[torch.Tensor, ...] | None = None
+    decoder_router_logits: tuple[torch.Tensor, ...] | None = None
+    encoder_aux_loss: torch.Tensor | None = None
+    decoder_aux_loss: torch.Tensor | None = None
+    encoder_z_loss: torch.Tensor | None = None
+    decoder_z_loss: torch.Tensor | None = None
+
+
+def shift_tokens_right(labels: torch.Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> torch.Tensor:
+    """
+    Decoder inputs that belong to labels: the start token, then the labels but for the last.
+
+    Args:
+        labels: `(B, T)`, -100 where there is no label.
+        pad_token_id: Takes the place of -100.
+        decoder_start_token_id: The first token of every row.
+
+    Raises:
+        ValueError: if there is a -100 to replace but `pad_token_id` is None.
+    """
+    if pad_token_id is None:
+        raise ValueError(
+            "`pad_token_id` is None, but shifting labels needs it to replace -100; set `config.pad_token_id`"
+        )
+    start = labels.new_full((labels.shape[0], 1), decoder_start_token_id)
+    shifted = torch.cat([start, labels[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions `(B, L)` that count real tokens only, so that padding on either side moves none of them."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def _angles(position_ids: torch.Tensor, exponents: torch.Tensor, theta: float) -> torch.Tensor:
+    """
+    Angles position * theta^-exponent, `(..., L, len(exponents))` in float32.
+
+    They are computed anew in each forward: a buffer would be rounded by `model.to(torch.bfloat16)`, left empty by a
+    meta-device load, and would bound the length.
+    """
+    return position_ids[..., None].float() * torch.pow(theta, -exponents)
+
+
+class SparseqSinusoidalPositions(nn.Module):
+    """
+    Sinusoidal positions, section 3.5 of arXiv 1706.03762: sin(p / 10000^(2i/d)) and cos of the same angle, for
+    positions of any size and without parameters.
+    """
+
+    def __init__(self, config: SparseqConfig):
+        super().__init__()
+        self.pairs = config.d_model // 2
+        self.offset = config.position_offset
+        self.interleaved = config.sinusoidal_layout == "interleaved"
+        self.steps = self.pairs if config.sinusoidal_spacing == "paper" else self.pairs - 1
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Map positions `(..., L)` to vectors `(..., L, H)` in float32."""
+        exponents = torch.arange(self.pairs, device=position_ids.device, dtype=torch.float32) / self.steps
+        angles = _angles(position_ids + self.offset, exponents, 10_000.0)
+        parts = (angles.sin(), angles.cos())
+        return torch.stack(parts, dim=-1).flatten(-2) if self.interleaved else torch.cat(parts, dim=-1)
+
+
+class SparseqLearnedPositions(nn.Embedding):
+    """Learned positions; `position_offset` rows are kept free in front, as BART has them."""
+
+    def __init__(self, config: SparseqConfig):
+        super().__init__(config.max_position_embeddings + config.position_offset, config.d_model)
+        self.offset = config.position_offset
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Map positions `(..., L)` to vectors `(..., L, H)`."""
+        return super().forward(position_ids + self.offset)
+
+
+class SparseqRotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary positions (arXiv 2104.09864, eq. 34) for heads of one size."""
+
+    def __init__(self, config: SparseqConfig, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.theta = float(config.rope_parameters["rope_theta"])
+        self.factor = float(config.rope_parameters.get("factor") or 1.0)
+
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map positions `(B or 1, L)` to cosines and sines, each `(B or 1, 1, L, D)`."""
+        exponents = torch.arange(0, self.head_dim, 2, device=position_ids.device, dtype=torch.float32) / self.head_dim
+        angles = _angles(position_ids / self.factor, exponents, self.theta).repeat(1, 1, 2)[:, None]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate `(B, A, L, D)`: dimension i is paired with i + D/2."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Scaled dot-product attention, eq. 1 of arXiv 1706.03762, with each key-value head serving a group of query heads.
+
+    Args:
+        query: `(B, A, L, D)`.
+        key, value: `(B, A / groups, L', D)`.
+        attention_mask: Added to the scores, `(B, 1, L, L')`.
+
+    Returns:
+        Output `(B, L, A, D)` and weights `(B, A, L, L')`.
+    """
+    groups = cast(int, module.num_key_value_groups)
+    key = key.repeat_interleave(groups, dim=1)
+    value = value.repeat_interleave(groups, dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    output = torch.matmul(F.dropout(weights, p=dropout, training=module.training), value)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+class SparseqAttention(nn.Module):
+    """
+    Grouped-query attention (arXiv 2305.13245): over its own input, or over encoder states when `forward` gets them.
+    """
+
+    def __init__(self, config: SparseqConfig, *, is_decoder: bool, is_causal: bool, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        # The library's sdpa takes a missing attribute for True.
+        self.is_causal = is_causal
+        heads = config.decoder_attention_heads if is_decoder else config.encoder_attention_heads
+        kv_heads = config.decoder_num_key_value_heads if is_decoder else config.encoder_num_key_value_heads
+        self.head_dim = config.d_model // heads
+        self.num_key_value_groups = heads // kv_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        bias = config.attention_bias
+        self.q_proj = nn.Linear(config.d_model, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(config.d_model, kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(config.d_model, kv_heads * self.head_dim, bias=bias)
+        self.out_proj = nn.Linear(heads * self.head_dim, config.d_model, bias=bias)
+
+    def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: `(B, L, H)`.
+            attention_mask: What `masking_utils` made for the attention implementation in use.
+            encoder_hidden_states: `(B, S, H)` makes this cross-attention.
+            rotary: Cosines and sines for self-attention with rotary positions.
+            past_key_values: Cache that new keys and values are added to.
+
+        Returns:
+            Output `(B, L, H)`, and weights `(B, A, L, L')` where the implementation has them.
+        """
+        is_cross_attention = encoder_hidden_states is not None
+        query = self._split_heads(self.q_proj(hidden_states))
+        is_cached = False
+        cache: Any = past_key_values
+        if isinstance(past_key_values, EncoderDecoderCache):
+            is_cached = is_cross_attention and bool(past_key_values.is_updated.get(self.layer_idx))
+            cache = (
+                past_key_values.cross_attention_cache if is_cross_attention else past_key_values.self_attention_cache
+            )
+
+        if is_cached:
+            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        else:
+            source = encoder_hidden_states if is_cross_attention else hidden_states
+            key, value = self._split_heads(self.k_proj(source)), self._split_heads(self.v_proj(source))
+        if rotary is not None:
+            query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        if cache is not None and not is_cached:
+            key, value = cache.update(key, value, self.layer_idx)
+            if is_cross_attention and isinstance(past_key_values, EncoderDecoderCache):
+                past_key_values.is_updated[self.layer_idx] = True
+
+        attention_interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.out_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class SparseqActivation(nn.Module):
+    """Activation of a feed-forward layer, and the dropout behind it."""
+
+    def __init__(self, config: SparseqConfig):
+        super().__init__()
+        self.activation = ACT2FN[config.activation_function]
+        self.dropout = config.activation_dropout
+
+    def forward(self, up: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        """act(up), or act(gate) * up (arXiv 2002.05202, eq. 5), all of one shape."""
+        inner = self.activation(up) if gate is None else self.activation(gate) * up
+        return F.dropout(inner, p=self.dropout, training=self.training)
+
+
+class SparseqMLP(nn.Module):
+    """Dense feed-forward layer, eq. 2 of arXiv 1706.03762, or its gated form."""
+
+    def __init__(self, config: SparseqConfig, width: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, width, bias=config.ffn_bias) if config.gated_ffn else None
+        self.up_proj = nn.Linear(config.d_model, width, bias=config.ffn_bias)
+        self.down_proj = nn.Linear(width, config.d_model, bias=config.ffn_bias)
+        self.act_fn = SparseqActivation(config)
+
+    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Map `(B, L, H)` to the same shape; `token_mask` matters to sparse layers only."""
+        gate = None if self.gate_proj is None else self.gate_proj(hidden_states)
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states), gate))
+
+
+class SparseqRouter(nn.Module):
+    """
+    Scores the experts for each token and chooses the best K, in float32 whatever the model's type.
+
+    With `router_balancing="loss_free"` (arXiv 2408.15664, eq. 3) a bias moves the choice but not the weights.
+    """
+
+    def __init__(self, config: SparseqConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.top_k = config.num_experts_per_tok
+        self.scoring = config.router_scoring
+        self.norm_topk_prob = config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model))
+        if config.router_balancing == "loss_free":
+            self.e_score_correction_bias = nn.Buffer(torch.zeros(config.num_experts, dtype=torch.float32))
+        else:
+            self.e_score_correction_bias = None
+        # Tokens per expert since the last bias update. A plain tensor, because DDP copies rank 0's buffers to all.
+        self.expert_counts: torch.Tensor | None = None
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Map logits `(..., E)` to scores of the same shape."""
+        return logits.softmax(dim=-1) if self.scoring == "softmax" else logits.sigmoid()
+
+    def forward(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states: `(N, H)`.
+            token_mask: `(N,)`, False for padding, which is sent to the expert E that does not exist.
+
+        Returns:
+            Logits `(N, E)`, weights `(N, K)` and expert indices `(N, K)`; logits and weights in float32.
+        """
+        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+            logits = F.linear(hidden_states.float(), self.weight.float())
+        scores = self.scores(logits)
+        choice = scores if self.e_score_correction_bias is None else scores.detach() + self.e_score_correction_bias
+        indices = choice.topk(self.top_k, dim=-1).indices
+        weights = scores.gather(-1, indices)
+        if self.norm_topk_prob:
+            # Sigmoids of strongly negative logits may all be zero.
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        if token_mask is not None:
+            indices = indices.masked_fill(~token_mask[:, None], self.num_experts)
+            weights = weights.masked_fill(~token_mask[:, None], 0.0)
+        return logits, weights, indices
+
+    @torch.no_grad()
+    def count(self, indices: torch.Tensor) -> None:
+        """Add one training batch's choices `(N, K)` to the counts, without padding."""
+        counts = F.one_hot(indices.flatten(), self.num_experts + 1).sum(dim=0)[: self.num_experts].float()
+        self.expert_counts = counts if self.expert_counts is None else self.expert_counts + counts
+
+
+def _can_use_grouped_mm(weight: torch.Tensor) -> bool:
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if is_torchdynamo_compiling() and weight.dtype != torch.bfloat16:
+        return False
+    if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
+        return False
+    # The kernel wants rows that begin at multiples of 16 bytes, in the operands and in their gradients.
+    return all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
+
+
+def grouped_linear(inputs: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """
+    One linear map for each group of rows.
+
+    Args:
+        inputs: `(M, I)`, rows sorted by group.
+        weight: `(E, O, I)`.
+        ends: `(E,)` int32, the row at which each group ends.
+
+    Returns:
+        `(M, O)`. Rows at and after `ends[-1]` hold anything, also in the gradient of `inputs`.
+    """
+    device_type = inputs.device.type
+    if torch.is_autocast_enabled(device_type):
+        weight = weight.to(torch.get_autocast_dtype(device_type))
+    inputs = inputs.to(weight.dtype)
+    transposed = weight.transpose(-2, -1)
+    if _can_use_grouped_mm(weight):
+        return F.grouped_mm(inputs, transposed, offs=ends)
+    # The library's operator loops over the groups: any size and type, and opaque to the compiler.
+    return torch.ops.transformers.grouped_mm_fallback(inputs, transposed, ends)
+
+
+def sorted_experts_forward(
+    self: "SparseqExperts", hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """
+    Experts over tokens sorted by expert (dropless, as in arXiv 2211.15841): two grouped matrix products, no capacity,
+    no data-dependent shape and no host synchronisation. Padding, with expert index E, sorts to the tail, which no
+    group covers.
+
+    Args:
+        hidden_states: `(N, H)`.
+        top_k_index: `(N, K)`, E for padding.
+        top_k_weights: `(N, K)`.
+
+    Returns:
+        `(N, H)`.
+    """
+    tokens, top_k = top_k_index.shape
+    experts, order = top_k_index.flatten().sort(stable=True)
+    ends = torch.searchsorted(
+        experts, torch.arange(self.num_experts, device=experts.device), right=True, out_int32=True
+    )
+    is_padding = (experts >= self.num_experts)[:, None]
+    # Filled going in, so that the tail of the gradient, which the kernel leaves as it was, comes back as zero.
+    inputs = hidden_states[order // top_k].masked_fill(is_padding, 0.0)
+
+    def add_bias(outputs: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        rows = bias[experts.clamp(max=self.num_experts - 1)].masked_fill(is_padding, 0.0)
+        return outputs.masked_fill(is_padding, 0.0) + rows
+
+    inner = grouped_linear(inputs, self.gate_up_proj if self.has_gate else self.up_proj, ends)
+    if self.has_bias:
+        inner = add_bias(inner, self.gate_up_proj_bias if self.has_gate else self.up_proj_bias)
+    inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+    outputs = grouped_linear(inner, self.down_proj, ends)
+    if self.has_bias:
+        outputs = add_bias(outputs, self.down_proj_bias)
+    outputs = outputs.masked_fill(is_padding, 0.0) * top_k_weights.flatten()[order, None]
+    # The inverse permutation, then a sum over K in a fixed order: scattering with repeated indices would not be
+    # deterministic on a GPU.
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    return outputs[inverse].view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register("sparseq", sorted_experts_forward)
+
+
+class SparseqExperts(nn.Module):
+    """
+    Stacked parameters of E experts, under the names that the library's experts implementations read. Made by
+    `make_experts`; the subclasses fix what `use_experts_implementation` must know.
+    """
+
+    gate_up_proj: nn.Parameter
+    gate_up_proj_bias: nn.Parameter
+    up_proj: nn.Parameter
+    up_proj_bias: nn.Parameter
+    down_proj_bias: nn.Parameter
+    # Set by the decorator of the subclass.
+    has_gate: bool
+    has_bias: bool
+    _is_expert_parallel: bool
+
+    def __init__(self, config: SparseqConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        width, hidden = config.expert_ffn_dim, config.d_model
+        self.act_fn = SparseqActivation(config)
+        name, rows = ("gate_up_proj", 2 * width) if config.gated_ffn else ("up_proj", width)
+        self.register_parameter(name, nn.Parameter(torch.empty(self.num_experts, rows, hidden)))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, width))
+        if config.expert_bias:
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(self.num_experts, rows)))
+            self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, hidden))
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act_fn(up, gate)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The "eager" implementation: one expert after the other, over the tokens that chose it."""
+        first = self.gate_up_proj if self.has_gate else self.up_proj
+        first_bias = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias) if self.has_bias else None
+        second_bias = self.down_proj_bias if self.has_bias else None
+        outputs = torch.zeros_like(hidden_states)
+        # unbind, because indexing a stacked parameter would make a gradient of its full size for each expert.
+        for expert, (weight_in, weight_out) in enumerate(zip(first.unbind(0), self.down_proj.unbind(0), strict=True)):
+            token, choice = torch.where(top_k_index == expert)
+            if token.numel() == 0:
+                continue
+            inner = F.linear(hidden_states[token], weight_in, None if first_bias is None else first_bias[expert])
+            inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+            inner = F.linear(inner, weight_out, None if second_bias is None else second_bias[expert])
+            inner = inner * top_k_weights[token, choice, None]
+            outputs = outputs.index_add(0, token, inner.to(outputs.dtype))
+        return outputs
+
+
+# The decorator fixes gate and bias for a class, and the library finds it by reading the source of this file.
+@use_experts_implementation(has_gate=True, has_bias=False)
+class SparseqGatedExperts(SparseqExperts):
+    """Experts down(act(gate(x)) * up(x))."""
+
+
+@use_experts_implementation(has_gate=True, has_bias=True)
+class SparseqGatedBiasExperts(SparseqExperts):
+    """Gated experts with biases."""
+
+
+@use_experts_implementation(has_gate=False, has_bias=False)
+class SparseqPlainExperts(SparseqExperts):
+    """Experts down(act(up(x)))."""
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class SparseqPlainBiasExperts(SparseqExperts):
+    """Plain experts with biases."""
+
+
+def make_experts(config: SparseqConfig) -> SparseqExperts:
+    """Experts of the kind that `gated_ffn` and `expert_bias` ask for."""
+    kinds = {
+        (True, False): SparseqGatedExperts,
+        (True, True): SparseqGatedBiasExperts,
+        (False, False): SparseqPlainExperts,
+        (False, True): SparseqPlainBiasExperts,
+    }
+    experts = kinds[config.gated_ffn, config.expert_bias](config)
+    # The library's implementations expect the out-of-range index that padding gets only where this is set.
+    experts._is_expert_parallel = True
+    return experts
+
+
+class SparseqSparseMLP(nn.Module):
+    """
+    Mixture-of-experts feed-forward layer: sum over the chosen experts e of weight_e * expert_e(x), plus the shared
+    experts. Dropless: what a token gets depends on no other token.
+    """
+
+    def __init__(self, config: SparseqConfig):
+        super().__init__()
+        self.router = SparseqRouter(config)
+        self.experts = make_experts(config)
+        shared = config.num_shared_experts
+        self.shared_experts = SparseqMLP(config, shared * config.expert_ffn_dim) if shared else None
+
+    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Map `(B, L, H)` to the same shape; where `token_mask` `(B, L)` is False, no routed expert runs."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, indices = self.router(flat, None if token_mask is None else token_mask.reshape(-1))
+        outputs = self.experts(flat, indices, weights).view_as(hidden_states)
+        return outputs if self.shared_experts is None else outputs + self.shared_experts(hidden_states)
+
+
+def make_norm(config: SparseqConfig) -> nn.Module:
+    """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467) over H."""
+    kind = nn.LayerNorm if config.norm_type == "layernorm" else nn.RMSNorm
+    return kind(config.d_model, eps=config.norm_eps)
+
+
+class SparseqEncoderLayer(GradientCheckpointingLayer):
+    """Self-attention and feed-forward, each with a residual connection and a norm before ("pre") or after ("post")."""
+
+    def __init__(self, config: SparseqConfig, layer_idx: int):
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.dropout = config.dropout
+        self.self_attn = SparseqAttention(config, is_decoder=False, is_causal=False, layer_idx=layer_idx)
+        self.self_attn_layer_norm = make_norm(config)
+        is_sparse = layer_idx in config.sparse_layers("encoder")
+        self.mlp = SparseqSparseMLP(config) if is_sparse else SparseqMLP(config, config.encoder_ffn_dim)
+        self.final_layer_norm = make_norm(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Map `(B, S, H)` to the same shape; the arguments are those of the sub-layers."""
+        residual = hidden_states
+        if self.pre_norm:
+            hidden_states = self.self_attn_layer_norm(hidden_states)
+        hidden_states, _ = self.self_attn(hidden_states, attention_mask, rotary=rotary, **kwargs)
+        hidden_states = residual + F.dropout(hidden_states, p=self.dropout, training=self.training)
+        if not self.pre_norm:
+            hidden_states = self.self_attn_layer_norm(hidden_states)
+
+        residual = hidden_states
+        if self.pre_norm:
+            hidden_states = self.final_layer_norm(hidden_states)
+        hidden_states = self.mlp(hidden_states, token_mask)
+        hidden_states = residual + F.dropout(hidden_states, p=self.dropout, training=self.training)
+        return hidden_states if self.pre_norm else self.final_layer_norm(hidden_states)
+
+
+class SparseqDecoderLayer(GradientCheckpointingLayer):
+    """Causal self-attention, cross-attention over the encoder's output and feed-forward, each with a residual."""
+
+    def __init__(self, config: SparseqConfig, layer_idx: int):
+        super().__init__()
+        self.pre_norm = config.norm_position == "pre"
+        self.dropout = config.dropout
+        self.self_attn = SparseqAttention(config, is_decoder=True, is_causal=True, layer_idx=layer_idx)
+        self.self_attn_layer_norm = make_norm(config)
+        self.encoder_attn = SparseqAttention(config, is_decoder=True, is_causal=False, layer_idx=layer_idx)
+        self.encoder_attn_layer_norm = make_norm(config)
+        is_sparse = layer_idx in config.sparse_layers("decoder")
+        self.mlp = SparseqSparseMLP(config) if is_sparse else SparseqMLP(config, config.decoder_ffn_dim)
+        self.final_layer_norm = make_norm(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        token_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Map `(B, T, H)` to the same shape; the arguments are those of the sub-layers."""
+        residual = hidden_states
+        if self.pre_norm:
+            hidden_states = self.self_attn_layer_norm(hidden_states)
+        hidden_states, _ = self.self_attn(
+            hidden_states, attention_mask, rotary=rotary, past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = residual + F.dropout(hidden_states, p=self.dropout, training=self.training)
+        if not self.pre_norm:
+            hidden_states = self.self_attn_layer_norm(hidden_states)
+
+        residual = hidden_states
+        if self.pre_norm:
+            hidden_states = self.encoder_attn_layer_norm(hidden_states)
+        hidden_states, _ = self.encoder_attn(
+            hidden_states, encoder_attention_mask, encoder_hidden_states, past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = residual + F.dropout(hidden_states, p=self.dropout, training=self.training)
+        if not self.pre_norm:
+            hidden_states = self.encoder_attn_layer_norm(hidden_states)
+
+        residual = hidden_states
+        if self.pre_norm:
+            hidden_states = self.final_layer_norm(hidden_states)
+        hidden_states = self.mlp(hidden_states, token_mask)
+        hidden_states = residual + F.dropout(hidden_states, p=self.dropout, training=self.training)
+        return hidden_states if self.pre_norm else self.final_layer_norm(hidden_states)
+
+
+class SparseqPreTrainedModel(PreTrainedModel):
+    """What all Sparseq models share: initial weights, tied weights, and which features of the library they support."""
+
+    config: SparseqConfig
+    config_class = SparseqConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SparseqEncoderLayer", "SparseqDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=self.config.d_model**-0.5 if std is None else std)
+        elif isinstance(module, nn.Linear):
+            self._init_projections(module.weight, 1)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, SparseqRouter):
+            # Small logits: at the start every expert gets its share (arXiv 2202.08906, section 3.3).
+            init.normal_(module.weight, std=0.02 if std is None else std)
+            if module.e_score_correction_bias is not None:
+                init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, SparseqExperts):
+            for name, parameter in module.named_parameters(recurse=False):
+                if name.endswith("_bias"):
+                    init.zeros_(parameter)
+                else:
+                    self._init_projections(parameter, 2 if name == "gate_up_proj" else 1)
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.get_parameter("bias"))
+        elif isinstance(module, SparseqForConditionalGeneration) and module.final_logits_bias is not None:
+            init.zeros_(module.final_logits_bias)
+
+    def _init_projections(self, weight: torch.Tensor, parts: int) -> None:
+        """Fill `(..., parts * O, I)` as Xavier uniform fills each `(O, I)`, or normally with `initializer_range`."""
+        if self.config.initializer_range is not None:
+            init.normal_(weight, std=self.config.initializer_range)
+        else:
+            bound = math.sqrt(6.0 / (weight.shape[-2] // parts + weight.shape[-1]))
+            init.uniform_(weight, -bound, bound)
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        # Ours where none is asked for: it needs no aligned sizes and gives padding to no expert.
+        return super().get_correct_experts_implementation(requested_experts or "sparseq")
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        # The library ties nothing at all where `tie_word_embeddings` is False. Here that flag is about the output
+        # projection alone, so each class lists what its configuration ties.
+        if all_submodels:
+            return super().get_expanded_tied_weights_keys(all_submodels=True)
+        return dict(self._tied_weights_keys or {})
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """
+        Recompute activations in the backward pass instead of keeping them.
+
+        Raises:
+            ValueError: for reentrant checkpointing of a sparse model, which would lose the auxiliary losses' gradient
+                without a word.
+        """
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant") and self.config.num_experts:
+            raise ValueError(
+                "gradient_checkpointing_kwargs={'use_reentrant': True} would drop the gradient of the router's "
+                "auxiliary losses; pass {'use_reentrant': False}"
+            )
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def num_active_parameters(self) -> int:
+        """Parameters that one token uses: all but those of the experts that are not chosen, tied ones counted once."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        idle = self.config.num_experts - self.config.num_experts_per_tok
+        for module in self.modules():
+            if isinstance(module, SparseqExperts):
+                stacked = sum(parameter.numel() for parameter in module.parameters())
+                total -= stacked // module.num_experts * idle
+        return total
+
+    def routers(self, stack: str) -> list[SparseqRouter]:
+        """Routers of the sparse layers of "encoder" or "decoder", in order."""
+        return [m for m in getattr(self.base_model, stack).modules() if isinstance(m, SparseqRouter)]
+
+    @torch.no_grad()
+    def update_router_bias(self) -> None:
+        """
+        Move the selection biases of `router_balancing="loss_free"` by one step and forget the counts: up for experts
+        with fewer tokens than the mean, down for those with more (arXiv 2408.15664, algorithm 1). To be called once
+        after every optimizer step, by all processes: counts are summed over them.
+
+        Raises:
+            ValueError: with another kind of balancing.
+        """
+        if self.config.router_balancing != "loss_free":
+            raise ValueError(
+                'update_router_bias() needs `router_balancing="loss_free"`, but it is '
+                f'"{self.config.router_balancing}"'
+            )
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        for router in [m for m in self.modules() if isinstance(m, SparseqRouter)]:
+            counts = router.expert_counts
+            if counts is None:
+                continue
+            if distributed:
+                torch.distributed.all_reduce(counts)
+            bias = router.e_score_correction_bias
+            step = torch.sign(counts.mean() - counts).to(bias.device)
+            bias.add_(step, alpha=self.config.router_bias_update_rate)
+            router.expert_counts = None
+
+    def _resize_token_embeddings(self, new_num_tokens: int, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embeddings = super()._resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        decoder = getattr(self.base_model, "decoder", None)
+        if decoder is not None and not self.config.share_encoder_decoder_embeddings:
+            # The library knows of one input embedding; the vocabulary is the same for both stacks.
+            decoder.embed_tokens = self._get_resized_embeddings(decoder.embed_tokens, embeddings.weight.shape[0])
+        return embeddings
+
+    def _padding_mask(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """
+        Mask `(B, S)` of the tokens that are no padding, or None where the ids do not tell: the pad token may also end
+        or begin a sentence.
+        """
+        pad, eos = self.config.pad_token_id, self.config.eos_token_id
+        if input_ids is None or pad is None or pad in (eos if isinstance(eos, list) else [eos]):
+            return None
+        return input_ids.ne(pad)
+
+
+class SparseqStack(SparseqPreTrainedModel):
+    """What the encoder and the decoder share: embeddings, positions, layers and the final norm."""
+
+    layers: nn.ModuleList
+
+    def __init__(self, config: SparseqConfig, layer_class: type[nn.Module], layers: int, heads: int):
+        super().__init__(config)
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
+        kind = config.position_embedding_type
+        self.embed_positions: nn.Module | None = None
+        if kind == "sinusoidal":
+            self.embed_positions = SparseqSinusoidalPositions(config)
+        elif kind == "learned":
+            self.embed_positions = SparseqLearnedPositions(config)
+        self.rotary = SparseqRotaryEmbedding(config, config.d_model // heads) if kind == "rotary" else None
+        self.layernorm_embedding = make_norm(config) if config.embedding_norm else None
+        self.layers = nn.ModuleList([layer_class(config, layer_idx=i) for i in range(layers)])
+        self.norm = make_norm(config) if config.final_norm else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, name: str) -> torch.Tensor:
+        """Scaled token embeddings `(B, L, H)`; given `inputs_embeds` are taken as they come, before the scale."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError(f"Give exactly one of `{name}input_ids` and `{name}inputs_embeds`")
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        return embeds * self.embed_scale if self.embed_scale != 1.0 else embeds
+
+    def _check_length(self, length: int) -> None:
+        limit = self.config.max_position_embeddings
+        if isinstance(self.embed_positions, SparseqLearnedPositions) and length > limit:
+            raise ValueError(
+                f"The input has {length} tokens, but `position_embedding_type='learned'` has "
+                f"`max_position_embeddings` = {limit} positions; truncate the input, or use a model with sinusoidal "
+                "or rotary positions, which have no limit"
+            )
+
+    def _add_positions(
+        self, embeds: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Embeddings with positions, norm and dropout, and the rotary cosines and sines if they are in use."""
+        if self.embed_positions is not None:
+            embeds = embeds + self.embed_positions(position_ids).to(embeds.dtype)
+        if self.layernorm_embedding is not None:
+            embeds = self.layernorm_embedding(embeds)
+        rotary = None if self.rotary is None else self.rotary(position_ids, embeds.dtype)
+        return F.dropout(embeds, p=self.config.dropout, training=self.training), rotary
+
+
+class SparseqEncoder(SparseqStack):
+    """The encoder: embeddings and `encoder_layers` layers over the whole source at once."""
+
+    _can_record_outputs = {
+        "hidden_states": SparseqEncoderLayer,
+        "attentions": OutputRecorder(SparseqAttention, index=1, layer_name="self_attn"),
+        "router_logits": OutputRecorder(SparseqRouter, index=0),
+        "router_indices": OutputRecorder(SparseqRouter, index=2),
+    }
+
+    def __init__(self, config: SparseqConfig):
+        super().__init__(config, SparseqEncoderLayer, config.encoder_layers, config.encoder_attention_heads)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SparseqEncoderOutput:
+        """
+        Args:
+            input_ids: `(B, S)`.
+            attention_mask: `(B, S)`, 0 for padding; derived from `pad_token_id` when absent. A mask already prepared
+                for the attention implementation, `(B, 1, S, S)`, is used as it is.
+            inputs_embeds: `(B, S, H)` in place of `input_ids`.
+            output_attentions, output_hidden_states, output_router_logits: Return these as well.
+
+        Raises:
+            ValueError: for neither or both of `input_ids` and `inputs_embeds`, or a source too long for learned
+                positions.
+        """
+        embeds = self._embed(input_ids, inputs_embeds, "")
+        if attention_mask is None:
+            attention_mask = self._padding_mask(input_ids)
+        self._check_length(embeds.shape[1])
+        if attention_mask is not None and attention_mask.dim() == 2:
+            token_mask, position_ids = attention_mask.bool(), positions_from_mask(attention_mask)
+        else:
+            token_mask, position_ids = None, torch.arange(embeds.shape[1], device=embeds.device)[None]
+        hidden_states, rotary = self._add_positions(embeds, position_ids)
+        layer_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
+        )
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, layer_mask, rotary, token_mask, **kwargs)
+        if self.norm is not None:
+            hidden_states = self.norm(hidden_states)
+        return SparseqEncoderOutput(last_hidden_state=hidden_states)
+
+
+class SparseqDecoder(SparseqStack):
+    """The decoder: embeddings and `decoder_layers` layers, each position seeing those before it and the source."""
+
+    _can_record_outputs = {
+        "hidden_states": SparseqDecoderLayer,
+        "attentions": OutputRecorder(SparseqAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(SparseqAttention, index=1, layer_name="encoder_attn"),
+        "router_logits": OutputRecorder(SparseqRouter, index=0),
+        "router_indices": OutputRecorder(SparseqRouter, index=2),
+    }
+
+    def __init__(self, config: SparseqConfig):
+        super().__init__(config, SparseqDecoderLayer, config.decoder_layers, config.decoder_attention_heads)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SparseqDecoderOutput:
+        """
+        Args:
+            input_ids: `(B, T)`, those after what `past_key_values` holds.
+            attention_mask: `(B, cached + T)`, 0 for padding; never derived from ids, since the start token may be
+                the pad token.
+            encoder_hidden_states: `(B, S, H)`.
+            encoder_attention_mask: `(B, S)`, 0 for padding.
+            position_ids: `(B, T)`; counted from `attention_mask` when absent.
+            past_key_values: Keys and values of earlier positions.
+            inputs_embeds: `(B, T, H)` in place of `input_ids`.
+            use_cache: Return keys and values.
+            token_mask: `(B, T)`, False for tokens that no routed expert needs to see; `attention_mask` when absent.
+
+        Raises:
+            ValueError: for neither or both of `input_ids` and `inputs_embeds`, or too many positions for learned ones.
+        """
+        embeds = self._embed(input_ids, inputs_embeds, "decoder_")
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        length = embeds.shape[1]
+        # A static cache counts on the device, where a comparison would wait for it; its own size is checked instead.
+        if isinstance(past_length, int):
+            self._check_length(past_length + length)
+        has_padding_mask = attention_mask is not None and attention_mask.dim() == 2
+        if has_padding_mask and token_mask is None:
+            token_mask = attention_mask[:, -length:].bool()
+        if position_ids is None:
+            if has_padding_mask:
+                position_ids = positions_from_mask(attention_mask)[:, -length:]
+            else:
+                position_ids = (torch.arange(length, device=embeds.device) + past_length)[None]
+        hidden_states, rotary = self._add_positions(embeds, position_ids)
+        self_cache = past_key_values
+        if isinstance(past_key_values, EncoderDecoderCache):
+            self_cache = past_key_values.self_attention_cache
+        layer_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=self_cache,
+        )
+        encoder_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=encoder_attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+        )
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                layer_mask,
+                encoder_hidden_states,
+                encoder_mask,
+                rotary,
+                token_mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        if self.norm is not None:
+            hidden_states = self.norm(hidden_states)
+        return SparseqDecoderOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+class SparseqModel(SparseqPreTrainedModel):
+    """Encoder and decoder without an output projection; `AutoModel` loads it."""
+
+    def __init__(self, config: SparseqConfig):
+        super().__init__(config)
+        self.shared: nn.Module = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = SparseqEncoder(config)
+        self.decoder = SparseqDecoder(config)
+        self._tied_weights_keys = {"encoder.embed_tokens.weight": "shared.weight"}
+        if config.share_encoder_decoder_embeddings:
+            self._tied_weights_keys["decoder.embed_tokens.weight"] = "shared.weight"
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.shared
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.shared = value
+        self.encoder.embed_tokens = value
+        if self.config.share_encoder_decoder_embeddings:
+            self.decoder.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        decoder_position_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        decoder_token_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SparseqModelOutput:
+        """
+        Args:
+            input_ids: Source `(B, S)`.
+            attention_mask: `(B, S)`, 0 for padding; derived from `pad_token_id` when absent.
+            decoder_input_ids: Target so far `(B, T)`.
+            decoder_attention_mask: `(B, cached + T)`, 0 for padding.
+            encoder_outputs: The encoder's output, or a tuple that begins with its last hidden state, computed
+                earlier; `input_ids` then only serve to derive the mask.
+            past_key_values: Keys and values of earlier target positions and of the source.
+            inputs_embeds, decoder_inputs_embeds: `(B, S, H)` and `(B, T, H)` in place of ids.
+            decoder_position_ids: `(B, T)`.
+            use_cache: Return keys and values.
+            decoder_token_mask: `(B, T)`, False for target tokens that no routed expert needs to see.
+
+        Raises:
+            ValueError: if there is no target, or as encoder and decoder say.
+        """
+        if attention_mask is None:
+            attention_mask = self._padding_mask(input_ids)
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            )
+        elif not isinstance(encoder_outputs, BaseModelOutput):
+            encoder_outputs = SparseqEncoderOutput(*encoder_outputs)
+        decoder_outputs = self.decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_attention_mask=attention_mask,
+            position_ids=decoder_position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            token_mask=decoder_token_mask,
+            **kwargs,
+        )
+        return SparseqModelOutput(
+            last_hidden_state=decoder_outputs.last_hidden_state,
+            past_key_values=decoder_outputs.past_key_values,
+            decoder_hidden_states=decoder_outputs.hidden_states,
+            decoder_attentions=decoder_outputs.attentions,
+            cross_attentions=decoder_outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+            encoder_router_logits=getattr(encoder_outputs, "router_logits", None),
+            decoder_router_logits=decoder_outputs.router_logits,
+            encoder_router_indices=getattr(encoder_outputs, "router_indices", None),
+            decoder_router_indices=decoder_outputs.router_indices,
+        )
+
+
+class SparseqEncoderModel(SparseqPreTrainedModel):
+    """The encoder alone; `AutoModelForTextEncoding` loads it, also from a sequence-to-sequence checkpoint."""
+
+    _keys_to_ignore_on_load_unexpected = [r"decoder\.", r"lm_head\.", "final_logits_bias"]
+
+    def __init__(self, config: SparseqConfig):
+        super().__init__(config)
+        self.shared: nn.Module = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = SparseqEncoder(config)
+        self._tied_weights_keys = {"encoder.embed_tokens.weight": "shared.weight"}
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.shared
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.shared = value
+        self.encoder.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SparseqEncoderOutput:
+        """See `SparseqEncoder.forward`."""
+        return self.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+
+
+def router_losses(
+    logits: tuple[torch.Tensor, ...],
+    indices: tuple[torch.Tensor, ...],
+    scores: Callable[[torch.Tensor], torch.Tensor],
+    mask: torch.Tensor,
+    weights: torch.Tensor,
+    scope: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Load-balancing loss, E * sum_e f_e P_e with f_e the share of choices and P_e the mean normalised score of expert e
+    (arXiv 2101.03961, eq. 4-6), and router z-loss, the mean of logsumexp(logits)^2 (arXiv 2202.08906, eq. 5). Both are
+    means over a stack's sparse layers. Padding takes no part.
+
+    Args:
+        logits: One `(B * L, E)` for each sparse layer.
+        indices: One `(B * L, K)` for each sparse layer; E stands for padding.
+        scores: The router's map from logits to scores.
+        mask: `(B, L)`, False for padding.
+        weights: `(B,)`, each sentence's share of the loss: its label tokens over those of the whole optimizer step.
+            With scope "sequence" the sum over sentences is then the same however a batch is cut.
+        scope: "sequence" balances within each sentence, "batch" over all tokens here, once, with the sum of `weights`.
+
+    Returns:
+        Both losses, float32 scalars.
+    """
+    rows, length = mask.shape
+    stacked = torch.stack(list(logits)).float().view(len(logits), rows, length, -1)
+    num_experts = stacked.shape[-1]
+    counted = mask[None, :, :, None].to(stacked.dtype)
+    # Normalised, so that sigmoid scores also sum to 1 and uniform routing costs exactly 1.
+    probabilities = scores(stacked)
+    probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    chosen = torch.stack(list(indices)).view(len(indices), rows, length, -1)
+    top_k = chosen.shape[-1]
+    choices = F.one_hot(chosen, num_experts + 1)[..., :num_experts].sum(dim=-2).to(stacked.dtype) / top_k
+    # Sums over tokens, then over sentences too for scope "batch"; the means follow.
+    tokens = counted.sum(dim=2)
+    share, mean_score = (choices * counted).sum(dim=2), (probabilities * counted).sum(dim=2)
+    z_loss = (stacked.logsumexp(dim=-1).square() * counted[..., 0]).sum(dim=2)
+    z_loss = ((z_loss / tokens[..., 0].clamp(min=1)) * weights).sum(dim=-1).mean()
+    if scope == "batch":
+        tokens, share, mean_score = (x.sum(dim=1, keepdim=True) for x in (tokens, share, mean_score))
+        weights = weights.sum()[None]
+    tokens = tokens.clamp(min=1)
+    balance = num_experts * (share / tokens * (mean_score / tokens)).sum(dim=-1)
+    return (balance * weights).sum(dim=-1).mean(), z_loss
+
+
+class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
+    """
+    Encoder, decoder and output projection: translation, summarization and any other sequence-to-sequence task;
+    `AutoModelForSeq2SeqLM` loads it.
+    """
+
+    def __init__(self, config: SparseqConfig):
+        super().__init__(config)
+        self.model = SparseqModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.final_logits_bias = nn.Buffer(torch.zeros(1, config.vocab_size)) if config.final_logits_bias else None
+        if config.tie_word_embeddings:
+            source = "shared" if config.share_encoder_decoder_embeddings else "decoder.embed_tokens"
+            self._tied_weights_keys = {"lm_head.weight": f"model.{source}.weight"}
+        # The library's default for this class name shifts the labels once more.
+        self.loss_type = "ForMaskedLM"
+        limit = config.max_position_embeddings or DEFAULT_MAX_LENGTH
+        self.generation_config = GenerationConfig.from_model_config(config)
+        self.generation_config.max_length = min(DEFAULT_MAX_LENGTH, limit)
+        self.post_init()
+
+    def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.model.encoder
+
+    def get_decoder(self) -> nn.Module:
+        return self.model.decoder
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.shared
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def _resize_token_embeddings(self, new_num_tokens: int, *args: Any, **kwargs: Any) -> nn.Embedding:
+        embeddings = super()._resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        if self.final_logits_bias is not None:
+            size = embeddings.weight.shape[0]
+            kept = self.final_logits_bias[:, :size]
+            self.final_logits_bias = nn.Buffer(F.pad(kept, (0, size - kept.shape[1])))
+        return embeddings
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Decoder inputs `(B, T)` for labels `(B, T)`; collators call it."""
+        return shift_tokens_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self,
+        inputs_tensor: torch.Tensor,
+        model_kwargs: dict[str, Any],
+        model_input_name: str | None,
+        generation_config: GenerationConfig,
+    ) -> dict[str, Any]:
+        # generate() derives no mask for encoder-decoders; without this, padding would be attended to at every step.
+        if model_input_name == "input_ids" and model_kwargs.get("attention_mask") is None:
+            mask = self._padding_mask(inputs_tensor)
+            if mask is not None:
+                model_kwargs["attention_mask"] = mask.long()
+        return super()._maybe_prepare_encoder_kwargs_for_generation(  # type: ignore[misc]  # the mixin types self
+            inputs_tensor, model_kwargs, model_input_name, generation_config
+        )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # A static cache turns the mask into one of four dimensions, from which positions cannot be counted.
+        mask = kwargs.get("decoder_attention_mask")
+        if mask is not None and mask.dim() == 2 and kwargs.get("decoder_position_ids") is None:
+            kwargs["decoder_position_ids"] = positions_from_mask(mask)
+        return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]  # the mixin types self
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        decoder_position_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        skip_logits: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> SparseqSeq2SeqLMOutput:
+        """
+        Args:
+            labels: `(B, T)`, not shifted, -100 where there is none. Decoder inputs are made from them when absent.
+            skip_logits: Return `logits=None` and compute them for label positions only; needs `labels`. Saves memory.
+            num_items_in_batch: Label tokens of the whole optimizer step, over which the loss is averaged; Trainer
+                passes it. When absent: those of `labels`.
+            output_router_logits: Return router logits and the auxiliary losses also in evaluation.
+
+        The others are those of `SparseqModel.forward`.
+
+        Returns:
+            `loss` is cross-entropy in evaluation, and with label smoothing and auxiliary losses in training.
+
+        Raises:
+            ValueError: for `skip_logits` without labels, or as encoder and decoder say.
+        """
+        if skip_logits and labels is None:
+            raise ValueError("`skip_logits=True` computes logits at the labels' positions, so it needs `labels`")
+        if labels is not None:
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            use_cache = False
+        if attention_mask is None:
+            attention_mask = self._padding_mask(input_ids)
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        routes = labels is not None and self.config.num_experts > 0
+        needs_losses = routes and (output_router_logits or (self.training and self._has_router_losses()))
+        needs_counts = routes and self.training and self.config.router_balancing == "loss_free"
+        target_mask = None
+        if routes:
+            is_2d = decoder_attention_mask is not None and decoder_attention_mask.dim() == 2
+            target_mask = decoder_attention_mask.bool() if is_2d else _until_last_label(labels)
+
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            decoder_position_ids=decoder_position_ids,
+            use_cache=use_cache,
+            # In evaluation every target token keeps its experts: its logits may be read even without a label.
+            decoder_token_mask=target_mask if self.training else None,
+            output_router_logits=output_router_logits or needs_losses,
+            output_router_indices=needs_losses or needs_counts,
+            **kwargs,
+        )
+        if needs_counts:
+            self._count_experts(outputs)
+
+        states, targets = outputs.last_hidden_state, labels
+        if skip_logits:
+            is_label = labels.ne(-100)
+            states, targets = states[is_label], labels[is_label]
+        logits = self.lm_head(states)
+        if self.final_logits_bias is not None:
+            logits = logits + self.final_logits_bias
+
+        result = SparseqSeq2SeqLMOutput(
+            logits=None if skip_logits else logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+            encoder_router_logits=outputs.encoder_router_logits if output_router_logits else None,
+            decoder_router_logits=outputs.decoder_router_logits if output_router_logits else None,
+        )
+        if labels is not None:
+            result.loss = self._cross_entropy(logits, targets, num_items_in_batch)
+        if needs_losses:
+            self._add_router_losses(result, outputs, labels, attention_mask, target_mask, num_items_in_batch)
+        return result
+
+    def _has_router_losses(self) -> bool:
+        balances = self.config.router_balancing == "aux_loss" and self.config.router_aux_loss_coef > 0
+        return balances or self.config.router_z_loss_coef > 0
+
+    def _cross_entropy(
+        self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """Sum over labels of the cross-entropy, smoothed in training, over the number of labels."""
+        labels = labels.to(logits.device)
+        total = F.cross_entropy(
+            logits.float().view(-1, logits.shape[-1]),
+            labels.view(-1),
+            reduction="sum",
+            label_smoothing=self.config.label_smoothing if self.training else 0.0,
+        )
+        return total / _as_divisor(num_items_in_batch, labels)
+
+    def _add_router_losses(
+        self,
+        result: SparseqSeq2SeqLMOutput,
+        outputs: SparseqModelOutput,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        target_mask: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> None:
+        """Put each stack's auxiliary losses into `result`, and in training, weighted, into its loss."""
+        weights = labels.ne(-100).sum(dim=1) / _as_divisor(num_items_in_batch, labels)
+        if attention_mask is None or attention_mask.dim() != 2:
+            source = outputs.encoder_last_hidden_state
+            attention_mask = torch.ones(source.shape[:2], device=source.device)
+        balance_coef = self.config.router_aux_loss_coef if self.config.router_balancing == "aux_loss" else 0.0
+        for stack, mask in (("encoder", attention_mask.bool()), ("decoder", target_mask)):
+            logits, indices = outputs[f"{stack}_router_logits"], outputs[f"{stack}_router_indices"]
+            if not logits or not indices:
+                continue
+            scores = self.routers(stack)[0].scores
+            balance, z_loss = router_losses(logits, indices, scores, mask, weights, self.config.router_balancing_scope)
+            setattr(result, f"{stack}_aux_loss", balance)
+            setattr(result, f"{stack}_z_loss", z_loss)
+            if self.training:
+                result.loss = result.loss + balance_coef * balance + self.config.router_z_loss_coef * z_loss
+
+    def _count_experts(self, outputs: SparseqModelOutput) -> None:
+        for stack in ("encoder", "decoder"):
+            for router, indices in zip(self.routers(stack), outputs[f"{stack}_router_indices"] or (), strict=False):
+                router.count(indices)
+
+
+def _until_last_label(labels: torch.Tensor) -> torch.Tensor:
+    """Mask `(B, T)` of the positions up to each row's last label: in a causal decoder the loss sees no others."""
+    return labels.ne(-100).flip(1).cumsum(dim=1).flip(1).bool()
+
+
+def _as_divisor(num_items_in_batch: torch.Tensor | int | None, labels: torch.Tensor) -> torch.Tensor | int:
+    if num_items_in_batch is None:
+        return labels.ne(-100).sum().clamp(min=1)
+    return num_items_in_batch.to(labels.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
+
+
+__all__ = ["SparseqEncoderModel", "SparseqForConditionalGeneration", "SparseqModel", "SparseqPreTrainedModel"]
