@@ -254,10 +254,3 @@ def test_every_listed_command_exists(name: str, capsys: pytest.CaptureFixture[st
 def test_examples_of_the_help_name_listed_commands() -> None:
     named = set(re.findall(r"^  sparseq ([a-z-]+)", cli._EPILOG, re.MULTILINE))
     assert named <= set(COMMANDS)
-
-
-def test_module_is_the_command(tmp_path: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "sparseq", "--version"], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.startswith("sparseq ")

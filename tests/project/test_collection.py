@@ -1,7 +1,9 @@
-"""Every test file is run by `make test` or, where all its tests are slow, by `make test-all`."""
+"""Every file with tests is collected: by `make test` or, where its tests are slow, by `make test-all`.
+
+That the two differ by the slow tests only is shown in test_makefile.py.
+"""
 
 import ast
-import functools
 import os
 import re
 import subprocess
@@ -14,9 +16,6 @@ ROOT = Path(__file__).parents[2]
 
 # What an outer make hands to its recipes would change what the inner make prints.
 MAKE_VARIABLES = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "PYTHON", "ARGS", "PYTEST_ADDOPTS"}
-
-# One worker runs all of these, so that the suite is collected once for each target.
-pytestmark = pytest.mark.xdist_group("collection")
 
 
 def environment() -> dict[str, str]:
@@ -41,21 +40,16 @@ def pytest_command(target: str, root: Path) -> str:
     return line
 
 
-@functools.cache
-def collected(target: str, root: Path = ROOT) -> frozenset[str]:
+def collected(target: str, root: Path = ROOT) -> set[str]:
     """The ids of the tests that `make TARGET` runs."""
     result = subprocess.run(
         pytest_command(target, root), shell=True, cwd=root, env=environment(), capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    return ids_in(result.stdout)
+    return {line.strip() for line in result.stdout.splitlines() if re.match(r"\S+\.py::", line)}
 
 
-def ids_in(listing: str) -> frozenset[str]:
-    return frozenset(line.strip() for line in listing.splitlines() if re.match(r"\S+\.py::", line))
-
-
-def files_of(ids: frozenset[str], root: Path = ROOT) -> set[Path]:
+def files_of(ids: set[str], root: Path = ROOT) -> set[Path]:
     return {root / name.partition("::")[0] for name in ids}
 
 
@@ -75,19 +69,6 @@ def test_every_test_file_is_collected() -> None:
     assert Path(__file__) in expected
     missed = expected - files_of(collected("test-all"))
     assert not missed, f"`make test-all` does not collect {sorted(map(str, missed))}"
-
-
-def test_make_test_leaves_out_only_what_is_marked_slow() -> None:
-    everything, quick = collected("test-all"), collected("test")
-    marked_slow = subprocess.run(
-        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "slow"],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    ).stdout
-    assert quick, "`make test` collects nothing"
-    assert everything - quick == ids_in(marked_slow)
 
 
 @pytest.mark.parametrize("name", ["model_test.py", "checks.py"])
