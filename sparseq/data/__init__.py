@@ -1,0 +1,1 @@
+"""Parallel text: the synthetic corpus of the demo, reading of files, and batching."""
