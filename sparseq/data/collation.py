@@ -12,7 +12,7 @@ from sparseq.data.parallel import ParallelReport, ParallelText
 LABEL_PADDING = -100
 
 
-class TokenizedPairs(Dataset):
+class TokenizedPairs(Dataset[dict[str, list[int]]]):
     """Sentence pairs as token ids, with the lengths that batching needs.
 
     Attributes:
