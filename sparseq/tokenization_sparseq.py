@@ -44,7 +44,8 @@ class SparseqTokenizer(PreTrainedTokenizerFast):
     batch = tokenizer("<2de> A man walks.", text_target="Ein Mann geht.", return_tensors="pt")
     ```
 
-    A tag swallows the white space after it: the ids after the tag are those of the text alone. The class defines no
+    A tag swallows the white space after it: the ids after the tag are those of the text alone. (`tokenize` therefore
+    shows the tag together with that white space; `convert_ids_to_tokens` shows the tag itself.) The class defines no
     `__init__` on purpose: with one, transformers would rebuild the backend from the vocabulary and drop the
     normalizer, pre-tokenizer, post-processor and decoder of `tokenizer.json`.
     """
