@@ -37,6 +37,9 @@ from .configuration_sparseq import SparseqConfig
 
 logger = logging.get_logger(__name__)
 
+# Logits (N, E) and chosen experts (N, K) of a sparse layer; None of a dense one.
+Routing = tuple[torch.Tensor, torch.Tensor] | None
+
 # generate() would otherwise stop at 20 tokens; long enough for a sentence or a summary.
 DEFAULT_MAX_LENGTH = 256
 
@@ -330,10 +333,12 @@ class SparseqMLP(nn.Module):
         self.down_proj = nn.Linear(width, config.d_model, bias=config.ffn_bias)
         self.act_fn = SparseqActivation(config)
 
-    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Map `(B, L, H)` to the same shape; `token_mask` matters to sparse layers only."""
+    def forward(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Routing]:
+        """Map `(B, L, H)` to the same shape; `token_mask` and routing are for sparse layers only."""
         gate = None if self.gate_proj is None else self.gate_proj(hidden_states)
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states), gate))
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states), gate)), None
 
 
 class SparseqRouter(nn.Module):
@@ -574,12 +579,16 @@ class SparseqSparseMLP(nn.Module):
         shared = config.num_shared_experts
         self.shared_experts = SparseqMLP(config, shared * config.expert_ffn_dim) if shared else None
 
-    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Routing]:
         """Map `(B, L, H)` to the same shape; where `token_mask` `(B, L)` is False, no routed expert runs."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights, indices = self.router(flat, None if token_mask is None else token_mask.reshape(-1))
+        logits, weights, indices = self.router(flat, None if token_mask is None else token_mask.reshape(-1))
         outputs = self.experts(flat, indices, weights).view_as(hidden_states)
-        return outputs if self.shared_experts is None else outputs + self.shared_experts(hidden_states)
+        if self.shared_experts is not None:
+            outputs = outputs + self.shared_experts(hidden_states)[0]
+        return outputs, (logits, indices)
 
 
 def make_norm(config: SparseqConfig) -> nn.Module:
@@ -608,8 +617,8 @@ class SparseqEncoderLayer(GradientCheckpointingLayer):
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         token_mask: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
-        """Map `(B, S, H)` to the same shape; the arguments are those of the sub-layers."""
+    ) -> tuple[torch.Tensor, Routing]:
+        """Map `(B, S, H)` to the same shape, and say how its tokens were routed."""
         residual = hidden_states
         if self.pre_norm:
             hidden_states = self.self_attn_layer_norm(hidden_states)
@@ -621,9 +630,11 @@ class SparseqEncoderLayer(GradientCheckpointingLayer):
         residual = hidden_states
         if self.pre_norm:
             hidden_states = self.final_layer_norm(hidden_states)
-        hidden_states = self.mlp(hidden_states, token_mask)
+        hidden_states, routing = self.mlp(hidden_states, token_mask)
         hidden_states = residual + F.dropout(hidden_states, p=self.dropout, training=self.training)
-        return hidden_states if self.pre_norm else self.final_layer_norm(hidden_states)
+        if not self.pre_norm:
+            hidden_states = self.final_layer_norm(hidden_states)
+        return hidden_states, routing
 
 
 class SparseqDecoderLayer(GradientCheckpointingLayer):
@@ -652,8 +663,8 @@ class SparseqDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
-        """Map `(B, T, H)` to the same shape; the arguments are those of the sub-layers."""
+    ) -> tuple[torch.Tensor, Routing]:
+        """Map `(B, T, H)` to the same shape, and say how its tokens were routed."""
         residual = hidden_states
         if self.pre_norm:
             hidden_states = self.self_attn_layer_norm(hidden_states)
@@ -677,9 +688,11 @@ class SparseqDecoderLayer(GradientCheckpointingLayer):
         residual = hidden_states
         if self.pre_norm:
             hidden_states = self.final_layer_norm(hidden_states)
-        hidden_states = self.mlp(hidden_states, token_mask)
+        hidden_states, routing = self.mlp(hidden_states, token_mask)
         hidden_states = residual + F.dropout(hidden_states, p=self.dropout, training=self.training)
-        return hidden_states if self.pre_norm else self.final_layer_norm(hidden_states)
+        if not self.pre_norm:
+            hidden_states = self.final_layer_norm(hidden_states)
+        return hidden_states, routing
 
 
 class SparseqPreTrainedModel(PreTrainedModel):
@@ -745,8 +758,8 @@ class SparseqPreTrainedModel(PreTrainedModel):
             return super().get_expanded_tied_weights_keys(all_submodels=True)
         return dict(self._tied_weights_keys or {})
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
     ) -> None:
         """
         Recompute activations in the backward pass instead of keeping them.
@@ -755,12 +768,12 @@ class SparseqPreTrainedModel(PreTrainedModel):
             ValueError: for reentrant checkpointing of a sparse model, which would lose the auxiliary losses' gradient
                 without a word.
         """
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant") and self.config.num_experts:
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant") and self.config.num_experts:
             raise ValueError(
-                "gradient_checkpointing_kwargs={'use_reentrant': True} would drop the gradient of the router's "
-                "auxiliary losses; pass {'use_reentrant': False}"
+                "Checkpointing with `use_reentrant=True` would drop the gradient of the router's auxiliary losses "
+                f"(`num_experts` is {self.config.num_experts}); pass `use_reentrant=False`, which is exact"
             )
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
     def num_active_parameters(self) -> int:
         """Parameters that one token uses: all but those of the experts that are not chosen, tied ones counted once."""
@@ -877,6 +890,21 @@ class SparseqStack(SparseqPreTrainedModel):
         rotary = None if self.rotary is None else self.rotary(position_ids, embeds.dtype)
         return F.dropout(embeds, p=self.config.dropout, training=self.training), rotary
 
+    def _add_routings(
+        self,
+        output: "SparseqEncoderOutput | SparseqDecoderOutput",
+        routings: list[Routing],
+        output_router_logits: bool | None,
+        output_router_indices: bool,
+    ) -> None:
+        # Collected by hand: the library's recorder takes a lock when it is first used, which fullgraph compilation of
+        # a training step, where the auxiliary losses need this, cannot trace.
+        sparse = [routing for routing in routings if routing is not None]
+        if self.config.output_router_logits if output_router_logits is None else output_router_logits:
+            output.router_logits = tuple(logits for logits, _ in sparse)
+        if output_router_indices:
+            output.router_indices = tuple(indices for _, indices in sparse)
+
 
 class SparseqEncoder(SparseqStack):
     """The encoder: embeddings and `encoder_layers` layers over the whole source at once."""
@@ -884,8 +912,6 @@ class SparseqEncoder(SparseqStack):
     _can_record_outputs = {
         "hidden_states": SparseqEncoderLayer,
         "attentions": OutputRecorder(SparseqAttention, index=1, layer_name="self_attn"),
-        "router_logits": OutputRecorder(SparseqRouter, index=0),
-        "router_indices": OutputRecorder(SparseqRouter, index=2),
     }
 
     def __init__(self, config: SparseqConfig):
@@ -898,6 +924,8 @@ class SparseqEncoder(SparseqStack):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        output_router_logits: bool | None = None,
+        output_router_indices: bool = False,
         **kwargs: Any,
     ) -> SparseqEncoderOutput:
         """
@@ -906,7 +934,8 @@ class SparseqEncoder(SparseqStack):
             attention_mask: `(B, S)`, 0 for padding; derived from `pad_token_id` when absent. A mask already prepared
                 for the attention implementation, `(B, 1, S, S)`, is used as it is.
             inputs_embeds: `(B, S, H)` in place of `input_ids`.
-            output_attentions, output_hidden_states, output_router_logits: Return these as well.
+            output_attentions, output_hidden_states, output_router_logits, output_router_indices: Return these as
+                well.
 
         Raises:
             ValueError: for neither or both of `input_ids` and `inputs_embeds`, or a source too long for learned
@@ -924,11 +953,15 @@ class SparseqEncoder(SparseqStack):
         layer_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
+        routings = []
         for layer in self.layers:
-            hidden_states = layer(hidden_states, layer_mask, rotary, token_mask, **kwargs)
+            hidden_states, routing = layer(hidden_states, layer_mask, rotary, token_mask, **kwargs)
+            routings.append(routing)
         if self.norm is not None:
             hidden_states = self.norm(hidden_states)
-        return SparseqEncoderOutput(last_hidden_state=hidden_states)
+        output = SparseqEncoderOutput(last_hidden_state=hidden_states)
+        self._add_routings(output, routings, output_router_logits, output_router_indices)
+        return output
 
 
 class SparseqDecoder(SparseqStack):
@@ -938,8 +971,6 @@ class SparseqDecoder(SparseqStack):
         "hidden_states": SparseqDecoderLayer,
         "attentions": OutputRecorder(SparseqAttention, index=1, layer_name="self_attn"),
         "cross_attentions": OutputRecorder(SparseqAttention, index=1, layer_name="encoder_attn"),
-        "router_logits": OutputRecorder(SparseqRouter, index=0),
-        "router_indices": OutputRecorder(SparseqRouter, index=2),
     }
 
     def __init__(self, config: SparseqConfig):
@@ -958,6 +989,8 @@ class SparseqDecoder(SparseqStack):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         token_mask: torch.Tensor | None = None,
+        output_router_logits: bool | None = None,
+        output_router_indices: bool = False,
         **kwargs: Any,
     ) -> SparseqDecoderOutput:
         """
@@ -972,6 +1005,8 @@ class SparseqDecoder(SparseqStack):
             inputs_embeds: `(B, T, H)` in place of `input_ids`.
             use_cache: Return keys and values.
             token_mask: `(B, T)`, False for tokens that no routed expert needs to see; `attention_mask` when absent.
+            output_attentions, output_hidden_states, output_router_logits, output_router_indices: Return these as
+                well.
 
         Raises:
             ValueError: for neither or both of `input_ids` and `inputs_embeds`, or too many positions for learned ones.
@@ -1008,8 +1043,9 @@ class SparseqDecoder(SparseqStack):
             attention_mask=encoder_attention_mask,
             encoder_hidden_states=encoder_hidden_states,
         )
+        routings = []
         for layer in self.layers:
-            hidden_states = layer(
+            hidden_states, routing = layer(
                 hidden_states,
                 layer_mask,
                 encoder_hidden_states,
@@ -1020,9 +1056,12 @@ class SparseqDecoder(SparseqStack):
                 use_cache=use_cache,
                 **kwargs,
             )
+            routings.append(routing)
         if self.norm is not None:
             hidden_states = self.norm(hidden_states)
-        return SparseqDecoderOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        output = SparseqDecoderOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        self._add_routings(output, routings, output_router_logits, output_router_indices)
+        return output
 
 
 class SparseqModel(SparseqPreTrainedModel):

@@ -1,0 +1,219 @@
+"""Losses: what they are, and that they are the same however a batch is cut."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from sparseq import SparseqForConditionalGeneration
+from sparseq.modeling_sparseq import router_losses
+from tests.tiny import label_batch, source_batch, tiny_model
+from tests.tolerances import assert_close
+
+
+def slow_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """Mean over labels, one label after the other."""
+    losses = []
+    for row, row_labels in zip(logits, labels, strict=True):
+        for scores, label in zip(row, row_labels, strict=True):
+            if label != -100:
+                log_probabilities = scores.log_softmax(dim=-1)
+                losses.append(-(1 - smoothing) * log_probabilities[label] - smoothing * log_probabilities.mean())
+    return torch.stack(losses).mean()
+
+
+def test_evaluation_loss_is_plain_cross_entropy_of_unshifted_labels() -> None:
+    model, ids, labels = tiny_model(label_smoothing=0.2), source_batch(), label_batch()
+    output = model(input_ids=ids, labels=labels, output_router_logits=True)
+    start = torch.full((3, 1), model.config.decoder_start_token_id)
+    inputs = torch.cat([start, labels[:, :-1].clamp(min=0)], dim=1)
+    logits = model(input_ids=ids, decoder_input_ids=inputs).logits
+    assert_close(output.logits, logits, torch.float32)
+    assert_close(output.loss, slow_cross_entropy(logits, labels), torch.float32)
+    assert output.encoder_aux_loss > 0, "reported apart"
+
+
+def test_training_loss_adds_smoothing_and_router_losses() -> None:
+    model = tiny_model(label_smoothing=0.2, router_aux_loss_coef=0.3, router_z_loss_coef=0.05).train()
+    output = model(input_ids=source_batch(), labels=label_batch())
+    expected = slow_cross_entropy(output.logits, label_batch(), smoothing=0.2)
+    expected = expected + 0.3 * (output.encoder_aux_loss + output.decoder_aux_loss)
+    expected = expected + 0.05 * (output.encoder_z_loss + output.decoder_z_loss)
+    assert_close(output.loss, expected, torch.float32)
+
+
+@pytest.mark.parametrize("overrides", [{"num_experts": 0}, {}, {"router_scoring": "sigmoid", "num_shared_experts": 1}])
+def test_accumulated_micro_batches_give_the_gradient_of_the_whole_batch(overrides: dict[str, Any]) -> None:
+    ids = source_batch((9, 3, 8, 5, 7, 2, 6, 4) * 2)
+    labels = label_batch((2, 7, 3, 6, 1, 8, 5, 4) * 2)
+    count = labels.ne(-100).sum()
+    gradients = []
+    for size in (16, 4):
+        model = tiny_model(label_smoothing=0.1, **overrides).train()
+        total = 0.0
+        for part in range(0, 16, size):
+            rows = slice(part, part + size)
+            loss = model(input_ids=ids[rows], labels=labels[rows], num_items_in_batch=count).loss
+            loss.backward()
+            total += loss.detach()
+        gradients.append({"loss": total, **{name: p.grad for name, p in model.named_parameters()}})
+    for name, expected in gradients[0].items():
+        assert_close(gradients[1][name], expected, torch.float32, name)
+
+
+def test_a_loop_that_knows_no_count_gets_the_mean() -> None:
+    model, ids, labels = tiny_model().train(), source_batch(), label_batch()
+    alone = model(input_ids=ids, labels=labels).loss
+    assert torch.equal(alone, model(input_ids=ids, labels=labels, num_items_in_batch=int(labels.ne(-100).sum())).loss)
+
+
+def test_labels_without_a_single_token_cost_nothing() -> None:
+    model = tiny_model().train()
+    labels = torch.full((2, 4), -100)
+    loss = model(input_ids=source_batch((5, 4)), labels=labels).loss
+    loss.backward()
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_skipped_logits_change_neither_loss_nor_gradient(mode: str) -> None:
+    model = tiny_model(label_smoothing=0.1, final_logits_bias=True)
+    model.train(mode == "train")
+    results = []
+    for skip in (False, True):
+        model.zero_grad()
+        output = model(input_ids=source_batch(), labels=label_batch(), skip_logits=skip)
+        assert (output.logits is None) == skip
+        output.loss.backward()
+        results.append({"loss": output.loss, **{n: p.grad.clone() for n, p in model.named_parameters()}})
+    for name, expected in results[0].items():
+        assert_close(results[1][name], expected, torch.float32, name)
+
+
+def test_skipped_logits_without_labels_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs `labels`"):
+        tiny_model()(input_ids=source_batch(), decoder_input_ids=source_batch(), skip_logits=True)
+
+
+def slow_router_losses(
+    logits: list[torch.Tensor], indices: list[torch.Tensor], mask: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sentence by sentence, token by token, from Switch eq. 4-6 and ST-MoE eq. 5 for softmax scores."""
+    balance, z_loss = torch.zeros(()), torch.zeros(())
+    for layer_logits, layer_indices in zip(logits, indices, strict=True):
+        rows = layer_logits.view(*mask.shape, -1)
+        chosen = layer_indices.view(*mask.shape, -1)
+        for sentence in range(mask.shape[0]):
+            tokens = [t for t in range(mask.shape[1]) if mask[sentence, t]]
+            if not tokens:
+                continue
+            experts = rows.shape[-1]
+            share = torch.zeros(experts)
+            for t in tokens:
+                for e in chosen[sentence, t]:
+                    share[e] += 1 / (len(tokens) * chosen.shape[-1])
+            mean = torch.stack([rows[sentence, t].softmax(-1) for t in tokens]).mean(0)
+            balance = balance + weights[sentence] * experts * (share * mean).sum()
+            squares = torch.stack([rows[sentence, t].logsumexp(-1) ** 2 for t in tokens])
+            z_loss = z_loss + weights[sentence] * squares.mean()
+    return balance / len(logits), z_loss / len(logits)
+
+
+def test_sequence_scope_equals_a_slow_reference() -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
+    weights = torch.tensor([0.5, 0.3, 0.0])
+    logits = [torch.randn(12, 5, requires_grad=True) for _ in range(2)]
+    indices = [layer.topk(2).indices.masked_fill(~mask.view(-1, 1), 5) for layer in logits]
+    scores = lambda x: x.softmax(-1)  # noqa: E731
+    fast = router_losses(tuple(logits), tuple(indices), scores, mask, weights, "sequence")
+    slow = slow_router_losses(logits, indices, mask, weights)
+    for name, a, b in zip(("balance", "z"), fast, slow, strict=True):
+        assert_close(a, b, torch.float32, name)
+        for x, y in zip(
+            torch.autograd.grad(a, logits, retain_graph=True),
+            torch.autograd.grad(b, logits, retain_graph=True),
+            strict=True,
+        ):
+            assert_close(x, y, torch.float32, name)
+
+
+def test_batch_scope_balances_all_tokens_together() -> None:
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    weights = torch.tensor([0.5, 0.25])
+    logits = torch.randn(8, 5)
+    indices = logits.topk(2).indices.masked_fill(~mask.view(-1, 1), 5)
+    balance, _ = router_losses((logits,), (indices,), lambda x: x.softmax(-1), mask, weights, "batch")
+    flat = mask.view(1, -1)
+    expected, _ = slow_router_losses([logits], [indices], flat, torch.tensor([0.75]))
+    assert_close(balance, expected, torch.float32)
+
+
+def test_uniform_routing_costs_one() -> None:
+    logits = torch.zeros(1, 8, 4).view(8, 4)
+    indices = torch.tensor([[0, 1], [2, 3]] * 4)
+    mask = torch.ones(1, 8, dtype=torch.bool)
+    balance, z_loss = router_losses((logits,), (indices,), torch.sigmoid, mask, torch.ones(1), "sequence")
+    assert_close(balance, torch.tensor(1.0), torch.float32)
+    assert_close(z_loss, torch.tensor(4.0).log().square(), torch.float32)
+
+
+def loss_free_model() -> SparseqForConditionalGeneration:
+    return tiny_model(router_balancing="loss_free", router_scoring="sigmoid").train()
+
+
+def test_loss_free_bias_moves_towards_the_neglected_experts() -> None:
+    model, ids, labels = loss_free_model(), source_batch(), label_batch()
+    router = model.routers("encoder")[0]
+    for _ in range(2):  # two accumulated micro-batches
+        model(input_ids=ids, labels=labels).loss.backward()
+    tokens = int(ids.ne(0).sum())
+    assert router.expert_counts.sum() == 2 * tokens * 2, "two experts for each real token of two batches"
+    counts = router.expert_counts
+    model.update_router_bias()
+    expected = 0.001 * torch.sign(counts.mean() - counts)
+    assert torch.equal(router.e_score_correction_bias, expected)
+    assert expected.any(), "balanced by chance: the test shows nothing"
+    assert router.expert_counts is None
+
+
+def test_the_bias_chooses_but_does_not_weigh_and_rests_in_evaluation() -> None:
+    model, ids = loss_free_model().eval(), source_batch()
+    router = model.routers("encoder")[0]
+    hidden = torch.randn(5, 32)
+    _, weights, indices = router(hidden)
+    router.e_score_correction_bias += torch.tensor([0.0, 10.0, 0.0, 10.0])
+    logits, weights, indices = router(hidden)
+    assert set(indices.flatten().tolist()) == {1, 3}
+    scores = logits.sigmoid().gather(1, indices)
+    assert_close(weights, scores / scores.sum(-1, keepdim=True), torch.float32)
+    model(input_ids=ids, labels=label_batch())
+    assert router.expert_counts is None
+
+
+def test_counts_are_not_doubled_by_checkpointing() -> None:
+    model = loss_free_model()
+    model.activation_checkpointing_enable()
+    model(input_ids=source_batch(), labels=label_batch()).loss.backward()
+    assert model.routers("encoder")[0].expert_counts.sum() == source_batch().ne(0).sum() * 2
+
+
+def test_the_bias_update_is_refused_where_there_is_no_bias() -> None:
+    with pytest.raises(ValueError, match="aux_loss"):
+        tiny_model().update_router_bias()
+
+
+def test_labels_at_minus_100_inside_a_sentence_still_feed_their_context() -> None:
+    # A masked prefix has no labels, but later tokens attend to it: its experts must run in training too.
+    model, ids, labels = tiny_model(), source_batch(), label_batch()
+    masked = labels.clone()
+    masked[:, :2] = -100
+    inputs = model.prepare_decoder_input_ids_from_labels(labels)
+    losses = []
+    for mode in (True, False):
+        model.train(mode)
+        output = model(input_ids=ids, decoder_input_ids=inputs, labels=masked)
+        losses.append(F.cross_entropy(output.logits.flatten(0, 1), masked.flatten()))
+    assert_close(losses[0], losses[1], torch.float32)
