@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -101,6 +102,8 @@ def train(
     """
     output_dir = Path(output_dir)
     keep_freed_memory()
+    # One bar for the training is enough: the library would add one for every file it writes.
+    transformers.utils.logging.disable_progress_bar()
     watch = _Stopwatch()
     state = PartialState()
     with state.main_process_first(), watch.part("data"):

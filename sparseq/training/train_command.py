@@ -1,0 +1,97 @@
+"""`sparseq train`: train a model from a recipe."""
+
+import argparse
+from pathlib import Path
+
+_DESCRIPTION = """\
+Train a sequence-to-sequence model from a recipe, a YAML file with the sections model, tokenizer, data, training and
+decoding. Trains the tokenizer, trains the model on batches filled to a token budget, averages the last checkpoints,
+translates and scores the test split, and writes a folder that AutoModelForSeq2SeqLM.from_pretrained loads.
+
+An interrupted run continues from its last complete checkpoint when the same command is given again.
+"""
+
+_EPILOG = """\
+examples:
+  sparseq train --list
+      the recipes that come with sparseq
+  sparseq train tiny-sparse data.folder=corpus data.source=en data.target=de --dry-run
+      check the recipe and the data, print sizes and schedule; train nothing
+  sparseq train tiny-sparse data.folder=corpus data.source=en data.target=de data.test=test --output outputs/tiny
+      train on corpus/train.en and corpus/train.de (or .gz), validate on corpus/val.*, score corpus/test.*
+  sparseq train my-recipe.yaml training.max_steps=500 seed=2 --output outputs/trial
+      a recipe of your own, with two values changed
+  accelerate launch --num_processes 2 scripts/train.py tiny-sparse data.folder=... --output outputs/tiny
+      the same on several devices, from a clone
+
+in the output folder: model.safetensors, config.json, tokenizer.json, generation_config.json, results.json (scores,
+seconds, loss curve), manifest.json (versions, commit, seed, hashes of the data, recipe), SPLIT.LANGUAGE.translated,
+and checkpoints/ (delete it when you are done).
+"""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Register the sub-command."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model from a recipe",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_arguments(parser)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command, which `scripts/train.py` shares."""
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="name of a recipe (--list), or a YAML file")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="change a value of the recipe, such as training.max_steps=100",
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="output folder (default: outputs/RECIPE)")
+    parser.add_argument("--list", action="store_true", help="list the recipes that come with sparseq")
+    parser.add_argument("--dry-run", action="store_true", help="check recipe and data, print sizes; train nothing")
+    parser.add_argument(
+        "--no-resume", action="store_true", help="start over, deleting the checkpoints of an earlier run in DIR"
+    )
+    parser.add_argument(
+        "--bootstrap", type=int, default=0, metavar="N", help="confidence intervals of the scores from N resamples"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the arguments ask for; returns the exit status."""
+    from sparseq.training.recipes import list_recipes, load_recipe
+
+    if args.list:
+        for name, path in list_recipes().items():
+            print(f"{name:24}{load_recipe(path).description}")
+        return 0
+    if args.recipe is None:
+        raise ValueError("name a recipe, for instance `sparseq train tiny-sparse`; `sparseq train --list` shows them")
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.dry_run:
+        from sparseq.training.summary import describe
+
+        print(describe(recipe))
+        return 0
+
+    from sparseq.training.run import train
+
+    output = args.output or Path("outputs") / recipe.name
+    result = train(recipe, output, resume=not args.no_resume, bootstrap=args.bootstrap)
+    _report(result.scores, result.seconds, result.validation_loss)
+    print(f"The model is in {output}.")
+    return 0
+
+
+def _report(scores: dict[str, object], seconds: dict[str, float], validation_loss: float) -> None:
+    for name, label in (("bleu", "BLEU"), ("chrf", "chrF")):
+        interval = f" +- {scores[f'{name}_ci']:.2f}" if f"{name}_ci" in scores else ""
+        print(f"{label} {scores[name]:.2f}{interval}  ({scores[f'{name}_signature']})")
+    print(f"validation loss {validation_loss:.3f}")
+    print("seconds: " + ", ".join(f"{part} {value:.1f}" for part, value in seconds.items()))
