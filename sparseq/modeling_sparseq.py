@@ -1389,6 +1389,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
             logits = logits + self.final_logits_bias
 
         result = SparseqSeq2SeqLMOutput(
+            loss=None if labels is None else self._cross_entropy(logits, targets, num_items_in_batch),
             logits=None if skip_logits else logits,
             past_key_values=outputs.past_key_values,
             decoder_hidden_states=outputs.decoder_hidden_states,
@@ -1400,8 +1401,6 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
             encoder_router_logits=outputs.encoder_router_logits if output_router_logits else None,
             decoder_router_logits=outputs.decoder_router_logits if output_router_logits else None,
         )
-        if labels is not None:
-            result.loss = self._cross_entropy(logits, targets, num_items_in_batch)
         if needs_losses:
             self._add_router_losses(result, outputs, labels, attention_mask, target_mask, num_items_in_batch)
         return result

@@ -6,7 +6,6 @@ import torch
 
 from sparseq import SparseqConfig, SparseqForConditionalGeneration
 
-
 PAD = 0
 VOCAB = 60
 

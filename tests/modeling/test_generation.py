@@ -9,7 +9,6 @@ from transformers import GenerationConfig
 from sparseq import SparseqForConditionalGeneration
 from tests.tiny import PAD, source_batch, tiny_model
 
-
 POSITIONS = ["sinusoidal", "learned", "rotary", "none"]
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from tests.tiny import PAD, label_batch, source_batch, tiny_model
 from tests.tolerances import assert_close
 
-
 POSITIONS = ["sinusoidal", "learned", "rotary", "none"]
 
 
