@@ -1,0 +1,516 @@
+"""The model card: README.md of a model folder, filled from what is known and checked before it is written."""
+
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any, Literal
+
+import torch
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from sparseq import __version__
+from sparseq.configuration_sparseq import SparseqConfig
+from sparseq.inspection.experts import LayerLoad, format_expert_load
+from sparseq.resources import resource_path
+from sparseq.tokenization_sparseq import language_tag
+
+Task = Literal["translation", "summarization"]
+
+# What the Hub's front page of a model can say about a Sparseq model; "text2text-generation" it no longer knows.
+PIPELINE_TAGS = ("translation", "summarization", "text-generation", "feature-extraction")
+
+_SEQ2SEQ = "SparseqForConditionalGeneration"
+_ENCODER = "SparseqEncoderModel"
+
+_EXAMPLE = "A man is walking in the park."
+
+_CITATION = f"""\
+@software{{sparseq,
+  title   = {{Sparseq: sparse encoder-decoder Transformers for Hugging Face transformers}},
+  author  = {{The Sparseq authors}},
+  version = {{{__version__}}}
+}}"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """A corpus that the model was trained on.
+
+    Attributes:
+        name: As people call it.
+        hub_id: Its id on the Hub, such as "user/name"; goes into the card's metadata.
+        url: Where it is published, if not on the Hub.
+        description: A sentence about it.
+        examples: Number of training examples.
+        license: Its license.
+    """
+
+    name: str
+    hub_id: str | None = None
+    url: str | None = None
+    description: str | None = None
+    examples: int | None = None
+    license: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricFacts:
+    """A score on a test set.
+
+    Attributes:
+        name: As people call the metric, such as "BLEU".
+        metric_id: Its name on the Hub, such as "bleu".
+        value: The score.
+        interval: Half the width of its 95% confidence interval.
+        signature: What makes the score reproducible (sacrebleu's signature).
+        dataset: Name of the test set.
+        dataset_id: Its id on the Hub. Only scores that have one go into the metadata (model-index).
+        split: The split.
+        examples: Number of test examples.
+    """
+
+    name: str
+    metric_id: str
+    value: float
+    dataset: str
+    interval: float | None = None
+    signature: str | None = None
+    dataset_id: str | None = None
+    split: str | None = None
+    examples: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What is known about a model besides its configuration. Whatever is None or empty is left out of the card.
+
+    Attributes:
+        model_name: Title of the card.
+        task: Taken for "translation" where source and target language are known.
+        source_language, target_language: Language codes, such as "en" or "zho_Hans".
+        languages: All languages of the model, if these are not just the source and the target.
+        license: License of the weights, by its Hub identifier, such as "apache-2.0".
+        base_model: Hub id of the model that this one was made from.
+        tags: Further tags of the metadata.
+        data: Training corpora.
+        recipe_name: Name of the training recipe.
+        recipe: The recipe as plain values; written as YAML.
+        steps: Optimizer updates.
+        seed: Seed of the training run.
+        seconds: Duration of the training in seconds.
+        hardware: What it ran on.
+        versions: Package name to version.
+        commit: Commit of the training code.
+        metrics: Scores.
+        total_parameters, active_parameters: Counted in the model; taken from the configuration of a
+            sequence-to-sequence model when None. "Active" are those that one token uses.
+        expert_load: From `sparseq.inspection.experts.expert_load`, on held-out text.
+        example: A source text for the code example, with its language tag if the model knows tags.
+        limits: Sentences about what the model cannot do, besides those that hold for every Sparseq model.
+        citation: BibTeX entries to cite besides Sparseq.
+    """
+
+    model_name: str | None = None
+    task: Task | None = None
+    source_language: str | None = None
+    target_language: str | None = None
+    languages: Sequence[str] = ()
+    license: str | None = None
+    base_model: str | None = None
+    tags: Sequence[str] = ()
+    data: Sequence[DataFacts] = ()
+    recipe_name: str | None = None
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    seed: int | None = None
+    seconds: float | None = None
+    hardware: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    commit: str | None = None
+    metrics: Sequence[MetricFacts] = ()
+    total_parameters: int | None = None
+    active_parameters: int | None = None
+    expert_load: Sequence[LayerLoad] = ()
+    example: str | None = None
+    limits: Sequence[str] = ()
+    citation: str | None = None
+
+
+def translation_metrics(
+    scores: Mapping[str, Any], *, dataset: str, dataset_id: str | None = None, split: str | None = None
+) -> list[MetricFacts]:
+    """BLEU and chrF for the card, from what `sparseq.metrics.translation_scores` returned."""
+    return [
+        MetricFacts(
+            name=name,
+            metric_id=key,
+            value=scores[key],
+            interval=scores.get(f"{key}_ci"),
+            signature=scores.get(f"{key}_signature"),
+            dataset=dataset,
+            dataset_id=dataset_id,
+            split=split,
+            examples=scores.get("sentences"),
+        )
+        for name, key in (("BLEU", "bleu"), ("chrF2", "chrf"))
+    ]
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a model's behaviour depends on."""
+    packages = ("transformers", "tokenizers", "torch")
+    return {
+        "sparseq": __version__,
+        **{name: metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+    }
+
+
+def describe_hardware() -> str:
+    """The GPUs of this machine or, without any, its processors, as this process may use them."""
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        name = torch.cuda.get_device_name(0)
+        return name if count == 1 else f"{count} x {name}"
+    # A container or a batch system may allow fewer processors than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return f"{cores} CPU {'core' if cores == 1 else 'cores'} ({platform.machine()})"
+
+
+def render_card(config: SparseqConfig, facts: CardFacts | None = None) -> str:
+    """Fill the template `model_card.md`.
+
+    Args:
+        config: Configuration of the model; its `architectures`, which saving sets, say what kind of model it is (a
+            sequence-to-sequence model where they say nothing).
+        facts: What else is known.
+
+    Returns:
+        The text of README.md, which `check_card` has accepted.
+
+    Raises:
+        ValueError: A fact would make the card's metadata invalid; the message names it.
+    """
+    facts = facts or CardFacts()
+    kind = (config.architectures or [_SEQ2SEQ])[0]
+    max_entropy = math.log(len(facts.expert_load[0].load)) if facts.expert_load else 0.0
+    card = ModelCard.from_template(
+        _metadata(kind, config, facts),
+        template_str=resource_path("model_card.md").read_text("utf-8"),
+        title=_title(config, facts),
+        summary=_summary(kind, config, facts),
+        code=_code(kind, facts),
+        uses_tag=bool(facts.target_language and (facts.example or "").startswith(language_tag(facts.target_language))),
+        facts=facts,
+        architecture=_architecture(kind, config, facts),
+        training=_training(facts),
+        recipe=_yaml(facts.recipe) if facts.recipe else "",
+        expert_load=format_expert_load(facts.expert_load) if facts.expert_load else "",
+        max_entropy=max_entropy,
+        limits=_limits(kind, config, facts),
+        citation="\n\n".join([_CITATION, facts.citation.strip()] if facts.citation else [_CITATION]),
+        evaluation=[_evaluation_row(metric) for metric in facts.metrics],
+        data=[_describe_data(data) for data in facts.data],
+        row=_table_row,
+    )
+    # Facts that are left out leave empty lines behind.
+    text = re.sub(r"\n{3,}", "\n\n", card.content).rstrip() + "\n"
+    check_card(text)
+    return text
+
+
+def check_card(text: str) -> None:
+    """Refuse a card whose metadata the Hub would refuse, or whose text shows that something was not filled in.
+
+    Raises:
+        ValueError: Everything that is wrong, named by its key and value.
+    """
+    data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    match = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
+    # The parsed card drops nulls and hides model-index in `eval_results`: these are read from the text.
+    raw = yaml.safe_load(match[1]) if match else None
+    if not isinstance(raw, dict):
+        raise ValueError("The model card has no metadata: it must begin with a block of YAML between two lines `---`.")
+    problems = [f"{path} is null" for path in _nulls(raw, "")]
+    problems += [f"`{name}` is missing" for name in ("library_name", "tags") if name not in raw]
+    languages = raw.get("language", [])
+    for code in [languages] if isinstance(languages, str) else languages:
+        if not re.fullmatch(r"[a-z]{2,3}|multilingual|code", str(code)):
+            problems.append(f"`language` {code!r} is no ISO 639 code of two or three letters")
+    tag = data.get("pipeline_tag")
+    if tag is not None and tag not in PIPELINE_TAGS:
+        problems.append(f"`pipeline_tag` {tag!r} is not one of {', '.join(PIPELINE_TAGS)}")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", str(raw.get("license", "other"))):
+        problems.append(f"`license` {raw['license']!r} is not a Hub identifier such as 'apache-2.0' or 'cc-by-4.0'")
+    for key in ("datasets", "base_model"):
+        for name in [raw[key]] if isinstance(raw.get(key), str) else raw.get(key, []):
+            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+                problems.append(f"`{key}` {name!r} is not a Hub id such as 'user/name'")
+    problems += _model_index_problems(raw.get("model-index", []))
+    if problems:
+        raise ValueError("The model card is not valid: " + "; ".join(problems) + ".")
+
+
+def _nulls(value: Any, path: str) -> list[str]:
+    if value is None:
+        return [f"`{path}`"]
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [found for key, item in items for found in _nulls(item, f"{path}.{key}" if path else str(key))]
+
+
+def _model_index_problems(model_index: Sequence[Mapping[str, Any]]) -> list[str]:
+    problems = []
+    for entry in model_index:
+        if not entry.get("name"):
+            problems.append("a `model-index` entry has no `name`")
+        for result in entry.get("results", []):
+            needed = [("task", "type"), ("dataset", "type"), ("dataset", "name")]
+            problems += [
+                f"a `model-index` result has no `{section}.{key}`"
+                for section, key in needed
+                if not result.get(section, {}).get(key)
+            ]
+            metrics = result.get("metrics")
+            if not metrics or any("type" not in metric or "value" not in metric for metric in metrics):
+                problems.append("a `model-index` result has no metric with `type` and `value`")
+    return problems
+
+
+def _task(facts: CardFacts) -> Task | None:
+    if facts.task is None and facts.source_language and facts.target_language:
+        return "translation"
+    return facts.task
+
+
+def _metadata(kind: str, config: SparseqConfig, facts: CardFacts) -> ModelCardData:
+    task = _task(facts)
+    languages = list(facts.languages) or [x for x in (facts.source_language, facts.target_language) if x]
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=metric.dataset_id,
+            dataset_name=metric.dataset,
+            dataset_split=metric.split,
+            metric_type=metric.metric_id,
+            metric_name=metric.name,
+            metric_value=round(metric.value, 4),
+        )
+        for metric in facts.metrics
+        if task and metric.dataset_id
+    ]
+    tags = ["sparseq", *(["mixture-of-experts"] if config.num_experts else []), *facts.tags]
+    return ModelCardData(
+        # The Hub wants ISO 639 codes: "zho", not "zho_Hans".
+        language=_unique(re.split("[-_]", language)[0] for language in languages) or None,
+        license=facts.license,
+        library_name="transformers",
+        pipeline_tag=task if kind == _SEQ2SEQ else "feature-extraction",
+        base_model=facts.base_model,
+        datasets=_unique(data.hub_id for data in facts.data if data.hub_id) or None,
+        metrics=_unique(metric.metric_id for metric in facts.metrics) or None,
+        tags=_unique(tags),
+        eval_results=results or None,
+        model_name=_title(config, facts) if results else None,
+    )
+
+
+def _unique(values: Any) -> list[str]:
+    return list(dict.fromkeys(values))
+
+
+def _title(config: SparseqConfig, facts: CardFacts) -> str:
+    if facts.model_name:
+        return facts.model_name
+    if facts.source_language and facts.target_language:
+        return f"Sparseq {facts.source_language}-{facts.target_language}"
+    return "Sparseq model"
+
+
+def _parameters(kind: str, config: SparseqConfig, facts: CardFacts) -> tuple[int, int] | None:
+    """Total and active parameters, if they are known."""
+    if facts.total_parameters is not None:
+        active = facts.total_parameters if facts.active_parameters is None else facts.active_parameters
+        return facts.total_parameters, active
+    if kind == _SEQ2SEQ:
+        return config.num_parameters(), config.num_parameters(active=True)
+    return None
+
+
+def _summary(kind: str, config: SparseqConfig, facts: CardFacts) -> str:
+    what = {_SEQ2SEQ: "encoder-decoder Transformer", _ENCODER: "Transformer encoder"}.get(
+        kind, "encoder-decoder Transformer without an output projection"
+    )
+    sentence = f"A {'sparse' if config.num_experts else 'dense'} {what}"
+    task = _task(facts)
+    if task == "translation" and facts.source_language and facts.target_language:
+        sentence += f" for translation from `{facts.source_language}` to `{facts.target_language}`"
+    elif task:
+        sentence += f" for {task}"
+    parameters = _parameters(kind, config, facts)
+    if parameters is None:
+        return sentence + "."
+    total, active = parameters
+    sentence += f", with {_millions(total)} parameters"
+    return sentence + (f", of which each token uses {_millions(active)}." if active < total else ".")
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"
+
+
+def _code(kind: str, facts: CardFacts) -> dict[str, str]:
+    """The code example, once for the repository's own code and once for the installed package."""
+    auto_class = {_SEQ2SEQ: "AutoModelForSeq2SeqLM", _ENCODER: "AutoModelForTextEncoding"}.get(kind, "AutoModel")
+    load = [
+        'folder = "."  # this folder, or the id of the repository on the Hub',
+        "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)",
+        f"model = {auto_class}.from_pretrained(folder, trust_remote_code=True)",
+    ]
+    # A JSON string is a Python string too, whatever the text holds.
+    use = [f'inputs = tokenizer({json.dumps(facts.example or _EXAMPLE, ensure_ascii=False)}, return_tensors="pt")']
+    if kind == _SEQ2SEQ:
+        use += ["outputs = model.generate(**inputs)", "print(tokenizer.decode(outputs[0], skip_special_tokens=True))"]
+    elif kind == _ENCODER:
+        use += ["print(model(**inputs).last_hidden_state.shape)"]
+    else:
+        use += [
+            "start = torch.tensor([[model.config.decoder_start_token_id]])",
+            "print(model(**inputs, decoder_input_ids=start).last_hidden_state.shape)",
+        ]
+    transformers = f"from transformers import {auto_class}, AutoTokenizer"
+    imports = [transformers] if kind in (_SEQ2SEQ, _ENCODER) else ["import torch", transformers]
+    installed = [re.sub(", trust_remote_code=(True|False)", "", line) for line in load]
+    return {
+        "remote": "\n".join([*imports, "", *load, *use]),
+        "installed": "\n".join(
+            [*imports, "", "import sparseq  # registers the model's classes", "", *installed, *use]
+        ),
+    }
+
+
+def _architecture(kind: str, config: SparseqConfig, facts: CardFacts) -> list[tuple[str, str]]:
+    rows = []
+    parameters = _parameters(kind, config, facts)
+    if parameters is not None:
+        rows += [("parameters, total", f"{parameters[0]:,}"), ("parameters, active per token", f"{parameters[1]:,}")]
+    has_decoder = kind != _ENCODER
+
+    def both(encoder: object, decoder: object) -> str:
+        return f"{encoder} / {decoder}" if has_decoder else f"{encoder}"
+
+    heads = [
+        f"{config.encoder_attention_heads} ({config.encoder_num_key_value_heads})",
+        f"{config.decoder_attention_heads} ({config.decoder_num_key_value_heads})",
+    ]
+    feed_forward = f"{'gated ' if config.gated_ffn else ''}{config.activation_function}"
+    rows += [
+        ("vocabulary", f"{config.vocab_size:,}"),
+        ("hidden size", str(config.d_model)),
+        (
+            "layers" + (", encoder / decoder" if has_decoder else ""),
+            both(config.encoder_layers, config.decoder_layers),
+        ),
+        ("attention heads (key-value heads)", both(*heads)),
+        ("feed-forward width", f"{both(config.encoder_ffn_dim, config.decoder_ffn_dim)}, {feed_forward}"),
+        ("positions", _positions(config)),
+        ("norm", f"{config.norm_position}-{ {'layernorm': 'LayerNorm', 'rmsnorm': 'RMSNorm'}[config.norm_type] }"),
+    ]
+    if config.num_experts:
+        layers = both(len(config.sparse_layers("encoder")), len(config.sparse_layers("decoder")))
+        shared = f", {config.num_shared_experts} shared" if config.num_shared_experts else ""
+        rows += [
+            ("sparse layers" + (", encoder / decoder" if has_decoder else ""), layers),
+            (
+                "experts",
+                f"{config.num_experts} of width {config.expert_ffn_dim}, "
+                f"{config.num_experts_per_tok} per token{shared}",
+            ),
+            ("router", f"{config.router_scoring}, balancing: {config.router_balancing}"),
+        ]
+    return rows
+
+
+def _positions(config: SparseqConfig) -> str:
+    kind = config.position_embedding_type
+    return f"learned, at most {config.max_position_embeddings}" if kind == "learned" else kind
+
+
+def _training(facts: CardFacts) -> list[tuple[str, str]]:
+    rows = [
+        ("recipe", facts.recipe_name),
+        ("updates", None if facts.steps is None else f"{facts.steps:,}"),
+        ("duration", None if facts.seconds is None else _duration(facts.seconds)),
+        ("hardware", facts.hardware),
+        ("seed", None if facts.seed is None else str(facts.seed)),
+        ("commit", facts.commit and f"`{facts.commit}`"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in facts.versions.items())),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _yaml(recipe: Mapping[str, Any]) -> str:
+    """The recipe without the keys that are not set."""
+
+    def without_none(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: without_none(item) for key, item in value.items() if item is not None}
+        return value
+
+    return yaml.safe_dump(without_none(recipe), sort_keys=False, allow_unicode=True).strip()
+
+
+def _describe_data(data: DataFacts) -> str:
+    url = data.url or (f"https://huggingface.co/datasets/{data.hub_id}" if data.hub_id else None)
+    parts = [f"[{data.name}]({url})" if url else data.name]
+    if data.examples is not None:
+        parts.append(f"{data.examples:,} training examples")
+    if data.license:
+        parts.append(f"license {data.license}")
+    text = ", ".join(parts)
+    return f"{text}. {data.description}" if data.description else text
+
+
+def _evaluation_row(metric: MetricFacts) -> tuple[str, str, str, str]:
+    split = f" ({metric.split})" if metric.split else ""
+    examples = f", {metric.examples:,} examples" if metric.examples is not None else ""
+    interval = f" ± {metric.interval:.2f}" if metric.interval is not None else ""
+    signature = f"`{metric.signature}`" if metric.signature else ""
+    return f"{metric.dataset}{split}{examples}", metric.name, f"{metric.value:.2f}{interval}", signature
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    """A line of a Markdown table; a bar in a cell, as sacrebleu's signatures have them, would end the cell."""
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _limits(kind: str, config: SparseqConfig, facts: CardFacts) -> list[str]:
+    limits = list(facts.limits)
+    length = config.max_position_embeddings
+    if config.position_embedding_type == "learned":
+        limits.append(f"Texts of more than {length} tokens are refused: the model has learned {length} positions.")
+    elif length:
+        limits.append(
+            f"It is meant for texts of up to {length} tokens; longer ones run, without a promise of quality."
+        )
+    if kind == _SEQ2SEQ:
+        limits.append(
+            "`generate()` stops at the `max_length` of generation_config.json unless told otherwise. Outputs may be "
+            "wrong, or leave out or invent content, without a sign of it."
+        )
+    if config.num_experts:
+        limits.append("All experts must be in memory, although each token uses few of them.")
+    if facts.metrics:
+        limits.append("The scores hold for the test sets above and say little about other kinds of text.")
+    return limits

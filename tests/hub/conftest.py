@@ -1,0 +1,109 @@
+"""A tiny model and tokenizer, and clients that load folders in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForSeq2SeqLM
+
+import sparseq
+from sparseq import SparseqConfig, SparseqForConditionalGeneration, SparseqTokenizer
+from sparseq.training.tokenizer import train_tokenizer
+
+TEXTS = ["<2de> Two dogs play in the garden.", "<2de> A man", "<2de> A woman is walking near the river. 🙂"]
+
+Client = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> SparseqTokenizer:
+    return train_tokenizer(TEXTS * 4, vocab_size=330, language_tags=["de"], show_progress=False)
+
+
+@pytest.fixture(scope="session")
+def config(tokenizer: SparseqTokenizer) -> SparseqConfig:
+    return SparseqConfig(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_num_key_value_heads=2,
+        decoder_num_key_value_heads=1,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_experts=4,
+        router_balancing="loss_free",
+        max_position_embeddings=64,
+    )
+
+
+@pytest.fixture
+def model(config: SparseqConfig) -> SparseqForConditionalGeneration:
+    """Made in this process, with a different router bias for each expert: a buffer that must travel too."""
+    model = AutoModelForSeq2SeqLM.from_config(SparseqConfig(**config.to_dict()))
+    for router in model.routers("encoder") + model.routers("decoder"):
+        router.e_score_correction_bias.copy_(torch.rand(4))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def inputs(tokenizer: SparseqTokenizer) -> dict[str, torch.Tensor]:
+    encoded = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    return {
+        "input_ids": encoded["input_ids"],
+        "attention_mask": encoded["attention_mask"],
+        "decoder_input_ids": torch.tensor([[1, 20, 30], [1, 40, 50], [1, 60, 70]]),
+    }
+
+
+@pytest.fixture
+def client(tmp_path: Path, inputs: dict[str, torch.Tensor]) -> Client:
+    """Run jobs (see client.py) one after the other in a new process with an empty cache."""
+    number = 0
+
+    def run(*jobs: dict[str, Any], package: bool) -> list[dict[str, Any]]:
+        nonlocal number
+        number += 1
+        home = tmp_path / f"client-{number}"
+        home.mkdir()
+        save_file(inputs, home / "inputs.safetensors")
+        task = {
+            "without_package": not package,
+            "import_package": package,
+            "inputs": str(home / "inputs.safetensors"),
+            "jobs": jobs,
+        }
+        (home / "jobs.json").write_text(json.dumps(task, default=str), "utf-8")
+        environment = {
+            **os.environ,
+            "HF_HOME": str(home / "hf"),
+            "HF_MODULES_CACHE": str(home / "modules"),
+            "HF_HUB_OFFLINE": "1",
+        }
+        script = Path(__file__).with_name("client.py")
+        process = subprocess.run(
+            # Isolated: neither the current folder nor the script's lends it modules.
+            [sys.executable, "-I", str(script), str(home / "jobs.json"), str(home / "results.json")],
+            cwd=home,
+            env=environment,
+            # A question about trust must be an answer of "no", not a wait.
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        assert process.returncode == 0, process.stderr
+        report = json.loads((home / "results.json").read_text("utf-8"))
+        assert bool(report["package_modules"]) == package, report["package_modules"]
+        return report["results"]
+
+    assert Path(sparseq.__file__).is_file(), "the package must be installed, or blocking it would prove nothing"
+    return run
