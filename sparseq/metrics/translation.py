@@ -1,10 +1,9 @@
 """Corpus BLEU and chrF, computed by sacrebleu."""
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
@@ -44,15 +43,16 @@ def translation_scores(
     if bootstrap < 0 or bootstrap == 1:
         raise ValueError(f"`bootstrap` must be 0 (no interval) or at least 2 resamples, but is {bootstrap}.")
     # `force` only silences sacrebleu's warning about text that looks tokenised.
-    metrics = {"bleu": BLEU(tokenize=tokenize, lowercase=lowercase, force=True), "chrf": CHRF(lowercase=lowercase)}
+    metrics: dict[str, BLEU | CHRF] = {
+        "bleu": BLEU(tokenize=tokenize, lowercase=lowercase, force=True),
+        "chrf": CHRF(lowercase=lowercase),
+    }
     scores: dict[str, Any] = {"sentences": len(hypotheses)}
     for name, metric in metrics.items():
-        with _sacrebleu_seed(seed):
-            score = metric.corpus_score(list(hypotheses), [list(references)], n_bootstrap=bootstrap or 1)
+        score = metric.corpus_score(list(hypotheses), [list(references)])
         scores[name] = float(score.score)
         if bootstrap:
-            # sacrebleu's `_ci` is half the width of the interval around the mean of the resamples.
-            scores[f"{name}_ci"] = float(score._ci)
+            scores[f"{name}_ci"] = _half_interval(metric, hypotheses, references, bootstrap, seed)
         if name == "bleu":
             scores["brevity_penalty"] = float(score.bp)
             scores["length_ratio"] = float(score.ratio)
@@ -60,15 +60,21 @@ def translation_scores(
     return scores
 
 
-@contextmanager
-def _sacrebleu_seed(seed: int) -> Iterator[None]:
-    """Set the seed of sacrebleu's resampling, which it reads from the environment only."""
-    previous = os.environ.get("SACREBLEU_SEED")
-    os.environ["SACREBLEU_SEED"] = str(seed)
-    try:
-        yield
-    finally:
-        if previous is None:
-            del os.environ["SACREBLEU_SEED"]
-        else:
-            os.environ["SACREBLEU_SEED"] = previous
+def _half_interval(
+    metric: BLEU | CHRF, hypotheses: Sequence[str], references: Sequence[str], resamples: int, seed: int
+) -> float:
+    """Half the width of the central 95% of the scores of resampled test sets.
+
+    As `corpus_score(n_bootstrap=...)` of sacrebleu 2.6, which takes its seed from the environment alone and fails with
+    a TypeError where one resample scores 0.
+    """
+    statistics = np.asarray(metric._extract_corpus_statistics(list(hypotheses), [list(references)]), dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    scores = []
+    for _ in range(resamples):
+        rows = generator.integers(len(statistics), size=len(statistics))
+        scores.append(float(metric._compute_score_from_stats(statistics[rows].sum(axis=0)).score))
+    low, high = np.percentile(scores, [2.5, 97.5])
+    # The signature reads these two.
+    metric.n_bootstrap, metric.seed = resamples, str(seed)
+    return float(high - low) / 2

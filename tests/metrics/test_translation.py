@@ -1,7 +1,6 @@
 """BLEU and chrF: sacrebleu's figures with the settings asked for, and the signature that says so."""
 
 import math
-import os
 
 import pytest
 import sacrebleu
@@ -36,8 +35,7 @@ def test_tokenisation_and_case_are_settings_that_the_signature_shows() -> None:
     assert "case:lc" in loose["bleu_signature"]
 
 
-def test_intervals_are_reproducible_and_leave_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SACREBLEU_SEED", raising=False)
+def test_intervals_are_reproducible_and_near_those_of_sacrebleu() -> None:
     hypotheses = [f"{h} {i % 7} {'right' if i % 3 else 'wrong'}" for i, h in enumerate(HYPOTHESES * 4)]
     references = [f"{r} {i % 7} right" for i, r in enumerate(REFERENCES * 4)]
     plain = translation_scores(hypotheses, references)
@@ -50,7 +48,14 @@ def test_intervals_are_reproducible_and_leave_the_environment_alone(monkeypatch:
     assert first["bleu"] == plain["bleu"]
     assert "bs:200|seed:1" in first["bleu_signature"]
     assert "bleu_ci" not in plain
-    assert "SACREBLEU_SEED" not in os.environ
+    theirs = sacrebleu.BLEU().corpus_score(hypotheses, [references], n_bootstrap=1000)
+    ours = translation_scores(hypotheses, references, bootstrap=1000)
+    assert ours["bleu_ci"] == pytest.approx(theirs._ci, rel=0.1)
+
+
+def test_an_interval_exists_where_resamples_score_nothing() -> None:
+    scores = translation_scores(["a b c d e", *["x"] * 9], ["a b c d e", *["y z"] * 9], bootstrap=100)
+    assert scores["bleu_ci"] > 0
 
 
 def test_mistakes_are_named() -> None:

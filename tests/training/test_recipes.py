@@ -74,8 +74,8 @@ def test_sparse_sizes_have_the_active_parameters_of_the_dense_ones(size: str) ->
 
 
 def test_overrides_reach_every_section() -> None:
-    overrides = ["training.max_steps=7", "model.dropout=0.25", "data.source=no", "seed=5", "training.adam_epsilon=1e-8"]
-    recipe = load_recipe("tiny-sparse", [*overrides, "tokenizer.path=null", "data.folder=a=b"])
+    overrides = ["training.max_steps=7", "training.adam_epsilon=1e-8", "model.dropout=0.25", "data.source=no"]
+    recipe = load_recipe("tiny-sparse", [*overrides, "seed=5", "tokenizer.path=null", "data.folder=a=b"])
     assert recipe.training.max_steps == 7
     assert recipe.model_config().dropout == 0.25
     # YAML 1.1 would read the language code of Norwegian as False, and 1e-8 as text.
