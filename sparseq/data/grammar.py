@@ -154,7 +154,7 @@ _TENSE_WEIGHTS: dict[Tense, float] = {
 }
 _OPPOSITES = (
     *({"old", "young"}, {"old", "new"}, {"big", "small"}, {"beautiful", "ugly"}, {"strong", "weak"}, {"happy", "sad"}),
-    *({"rich", "poor"}, {"cheap", "expensive"}, {"clean", "dirty"}, {"cold", "warm"}, {"brave", "lazy"}),
+    *({"rich", "poor"}, {"cheap", "expensive"}, {"clean", "dirty"}, {"cold", "warm"}, {"brave", "angry"}),
     *({"friendly", "angry"}, {"happy", "angry"}, {"fresh", "old"}, {"empty", "quiet"}),
 )
 _LOCATIONS = (("in", "i"), ("in", "i"), ("in", "i"), ("on", "u"), ("behind", "oi"), ("next to", "to"), ("under", "u"))
@@ -379,17 +379,18 @@ class _Sampler:
             tense = main_tense = None
         elif tense == "present" and conjunction in ("if", "when"):
             main_tense = self.pick(("present", "future", "can", "must", "want", "should"))
-        main = self.clause(tense=main_tense, plain=True)
-        clause = self.clause(tense=tense, plain=True)
+        simple = self.pick(("main", "clause", "both", "neither"))
+        main = self.clause(tense=main_tense, plain=True, simple=simple in ("main", "both"))
+        clause = self.clause(tense=tense, plain=True, simple=simple in ("clause", "both"))
         return subordinate(main, conjunction, clause, fronted=self.chance(0.4))
 
     def that_clause(self) -> Pair:
         main = self.clause(group="that", kind="p", tense=self.pick(("present", "present", "past")), simple=True)
-        return that_clause(main, self.clause(plain=True))
+        return that_clause(main, self.clause(plain=True, simple=self.chance(0.3)))
 
     def coordinate(self) -> Pair:
-        left = self.clause(simple=self.chance(0.5), plain=True)
-        right = self.clause(simple=self.chance(0.5), plain=True)
+        left = self.clause(simple=self.chance(0.7), plain=True)
+        right = self.clause(simple=self.chance(0.7), plain=True)
         return coordinate(left, self.pick(("and", "but")), right)
 
     def purpose(self) -> Pair:
@@ -399,7 +400,7 @@ class _Sampler:
         while main.negated or main.tense == "like" or isinstance(aim.object, Pronoun):
             main = self.clause(group="go", kind=kind, plain=True)
             aim = self.clause(group="acc", kind=kind, simple=True)
-        return purpose(main, replace(aim, negated=False))
+        return purpose(main, aim)
 
     def antecedent(self) -> Pair:
         """Two clauses, the second with *it* or *they* for the only thing or animal of the first."""
@@ -455,7 +456,7 @@ def _check_sizes(sizes: dict[str, int]) -> None:
 
 
 def generate_corpus(
-    *, train_size: int = 60_000, validation_size: int = 500, test_size: int = 1_000, seed: int = 0
+    *, train_size: int = 50_000, validation_size: int = 500, test_size: int = 1_000, seed: int = 0
 ) -> GrammarCorpus:
     """Draw a corpus; the same arguments give the same sentences in every process.
 

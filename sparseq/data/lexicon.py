@@ -18,48 +18,41 @@ aunt aunts Tante Tanten f p; uncle uncles Onkel Onkel m p; mother mothers Mutter
 father fathers Vater Väter m p; sister sisters Schwester Schwestern f p; brother brothers Bruder Brüder m p
 king kings König Könige m p; queen queens Königin Königinnen f p; neighbour neighbours Nachbar Nachbarn m pw
 student students Student Studenten m pw; singer singers Sängerin Sängerinnen f p; baker bakers Bäcker Bäcker m p
-friend friends Freund Freunde m p; guest guests Gast Gäste m p; farmer farmers Bauer Bauern m pw
-baby babies Baby Babys n p; artist artists Künstlerin Künstlerinnen f p
+friend friends Freund Freunde m p; guest guests Gast Gäste m p; baby babies Baby Babys n p
 dog dogs Hund Hunde m a; cat cats Katze Katzen f a; horse horses Pferd Pferde n a; cow cows Kuh Kühe f a
 bird birds Vogel Vögel m a; pig pigs Schwein Schweine n a; mouse mice Maus Mäuse f a; bear bears Bär Bären m aw
-rabbit rabbits Hase Hasen m aw; duck ducks Ente Enten f a; goat goats Ziege Ziegen f a; lion lions Löwe Löwen m aw
-donkey donkeys Esel Esel m a; fox foxes Fuchs Füchse m a; frog frogs Frosch Frösche m a; camel camels Kamel Kamele n a
+rabbit rabbits Hase Hasen m aw; duck ducks Ente Enten f a; lion lions Löwe Löwen m aw; fox foxes Fuchs Füchse m a
+frog frogs Frosch Frösche m a
 table tables Tisch Tische m tu; chair chairs Stuhl Stühle m tsu; bed beds Bett Betten n tu
-carpet carpets Teppich Teppiche m tlu; box boxes Kiste Kisten f tsub; cupboard cupboards Schrank Schränke m tb
-lamp lamps Lampe Lampen f tsm; clock clocks Uhr Uhren f tsm; computer computers Computer Computer m tsm
-camera cameras Kamera Kameras f tlm; bicycle bicycles Fahrrad Fahrräder n t; car cars Auto Autos n tb
-bottle bottles Flasche Flaschen f tsb; glass glasses Glas Gläser n ts; cup cups Tasse Tassen f ts
-bucket buckets Eimer Eimer m ts; basket baskets Korb Körbe m ts; vase vases Vase Vasen f ts
-key keys Schlüssel Schlüssel m tl; knife knives Messer Messer n tl; spoon spoons Löffel Löffel m tl
-ring rings Ring Ringe m tl; blanket blankets Decke Decken f tl; picture pictures Bild Bilder n tl
-ball balls Ball Bälle m t; guitar guitars Gitarre Gitarren f t; bag bags Tasche Taschen f tsb
-umbrella umbrellas Regenschirm Regenschirme m tl; window windows Fenster Fenster n tb; door doors Tür Türen f tb
-book books Buch Bücher n tlrb; letter letters Brief Briefe m tlrb; newspaper newspapers Zeitung Zeitungen f tlr
-poem poems Gedicht Gedichte n tr; story stories Geschichte Geschichten f tr
-hat hats Hut Hüte m tlc; coat coats Mantel Mäntel m tlc; shirt shirts Hemd Hemden n tlc
-dress dresses Kleid Kleider n tlc; jacket jackets Jacke Jacken f tlc; scarf scarves Schal Schals m tlc
+carpet carpets Teppich Teppiche m tlu; box boxes Kiste Kisten f tsub; lamp lamps Lampe Lampen f tsm
+clock clocks Uhr Uhren f tsm; computer computers Computer Computer m tsm; bicycle bicycles Fahrrad Fahrräder n t
+car cars Auto Autos n tb; bottle bottles Flasche Flaschen f tsb; glass glasses Glas Gläser n ts
+cup cups Tasse Tassen f ts; vase vases Vase Vasen f ts; key keys Schlüssel Schlüssel m tl
+knife knives Messer Messer n tl; ring rings Ring Ringe m tl; picture pictures Bild Bilder n tl
+ball balls Ball Bälle m t; bag bags Tasche Taschen f tsb; window windows Fenster Fenster n tb
+door doors Tür Türen f tb; book books Buch Bücher n tlrb; letter letters Brief Briefe m tlrb
+newspaper newspapers Zeitung Zeitungen f tlr; story stories Geschichte Geschichten f tr; hat hats Hut Hüte m tlc
+coat coats Mantel Mäntel m tlc; shirt shirts Hemd Hemden n tlc; dress dresses Kleid Kleider n tlc
 apple apples Apfel Äpfel m f; cake cakes Kuchen Kuchen m f; egg eggs Ei Eier n f; soup soups Suppe Suppen f f
 pear pears Birne Birnen f f; potato potatoes Kartoffel Kartoffeln f f; sausage sausages Wurst Würste f f
-carrot carrots Karotte Karotten f f; roll rolls Brötchen Brötchen n f; biscuit biscuits Keks Kekse m f
-milk - Milch - f d; water - Wasser - n d; coffee - Kaffee - m d; juice - Saft - m d; lemonade - Limonade - f d
+roll rolls Brötchen Brötchen n f
+milk - Milch - f d; water - Wasser - n d; coffee - Kaffee - m d; juice - Saft - m d
 garden gardens Garten Gärten m oi; house houses Haus Häuser n oi; kitchen kitchens Küche Küchen f oi
 school schools Schule Schulen f oi; park parks Park Parks m oi; forest forests Wald Wälder m oi
 city cities Stadt Städte f oi; church churches Kirche Kirchen f oi; library libraries Bibliothek Bibliotheken f oi
-shop shops Laden Läden m oi; office offices Büro Büros n oi; castle castles Schloss Schlösser n oi
-village villages Dorf Dörfer n oi; museum museums Museum Museen n oi; hotel hotels Hotel Hotels n oi
-room rooms Zimmer Zimmer n oi; bridge bridges Brücke Brücken f ou; street streets Straße Straßen f ou
-roof roofs Dach Dächer n ou; hill hills Hügel Hügel m ou; meadow meadows Wiese Wiesen f ou
+shop shops Laden Läden m oi; castle castles Schloss Schlösser n oi; room rooms Zimmer Zimmer n oi
+bridge bridges Brücke Brücken f ou; street streets Straße Straßen f ou; roof roofs Dach Dächer n ou
+hill hills Hügel Hügel m ou
 """
 
 # English, German predicate form (and attributive stem where it differs), kinds of nouns described.
 _ADJECTIVES_TEXT = """
 old alt pato; young jung pa; new neu to; big groß pafto; small klein pafto; beautiful schön pato; ugly hässlich pato
 strong stark pa; weak schwach pa; tired müde/müd pa; hungry hungrig pa; happy glücklich pa; sad traurig pa
-angry wütend pa; friendly freundlich pa; clever klug pa; lazy faul pa; brave mutig pa; rich reich p; poor arm p
-famous berühmt po; curious neugierig pa; strange seltsam pato; wonderful wunderbar pfdto; quiet ruhig pao
-red rot tf; blue blau t; green grün tf; black schwarz at; white weiß at; yellow gelb tf; brown braun at; grey grau at
-heavy schwer t; cheap billig fdt; expensive teuer/teur fdt; clean sauber t; dirty schmutzig at; round rund tf
-broken kaputt t; dark dunkel/dunkl o; empty leer o; fresh frisch fd; sweet süß fd; cold kalt fd; warm warm fd
+angry wütend pa; friendly freundlich pa; clever klug pa; brave mutig pa; rich reich p; poor arm p
+wonderful wunderbar pfdto; quiet ruhig pao; red rot tf; blue blau t; green grün tf; black schwarz at; white weiß at
+brown braun at; heavy schwer t; cheap billig fdt; expensive teuer/teur fdt; clean sauber t; dirty schmutzig at
+broken kaputt t; empty leer o; fresh frisch fd; sweet süß fd; cold kalt fd; warm warm fd
 """
 
 # English base and past, German infinitive (separable prefix before |), irregular du and er forms or -, participle,
@@ -69,31 +62,23 @@ _VERBS_TEXT = """
 see saw sehen siehst/sieht gesehen haben acc pa>pato
 hear heard hören - gehört haben acc pa>pa
 love loved lieben - geliebt haben acc pa>pa
-hate hated hassen - gehasst haben acc pa>pa
 look_for looked_for suchen - gesucht haben acc pa>pat
 find found finden - gefunden haben acc pa>pat
 forget forgot vergessen vergisst/vergisst vergessen haben acc p>pat
 know knew kennen - gekannt haben acc p>pa
 visit visited besuchen - besucht haben acc p>p
-greet greeted begrüßen - begrüßt haben acc p>pa
 wash washed waschen wäschst/wäscht gewaschen haben acc p>pac
 carry carried tragen trägst/trägt getragen haben acc p>pat
 draw drew zeichnen - gezeichnet haben acc p>pato
-photograph photographed fotografieren - fotografiert haben acc p>pao
 catch caught fangen fängst/fängt gefangen haben acc pa>a
 chase chased jagen - gejagt haben acc pa>pa
 bite bit beißen - gebissen haben acc a>pa
 feed fed füttern - gefüttert haben acc p>a
 meet met treffen triffst/trifft getroffen haben acc p>p
-admire admired bewundern - bewundert haben acc p>pato
-protect protected beschützen - beschützt haben acc pa>pa
-kiss kissed küssen - geküsst haben acc p>p
-understand understood verstehen - verstanden haben acc p>p
 buy bought kaufen - gekauft haben acc p>tfa
 read read lesen liest/liest gelesen haben acc p>r
 write wrote schreiben - geschrieben haben acc p>r
 repair repaired reparieren - repariert haben acc p>m
-steal stole stehlen stiehlst/stiehlt gestohlen haben acc pa>tf
 need needed brauchen - gebraucht haben acc p>tfp
 lose lost verlieren - verloren haben acc p>l
 hide hid verstecken - versteckt haben acc pa>tf
@@ -101,7 +86,6 @@ wear wore tragen trägst/trägt getragen haben acc p>c
 eat ate essen isst/isst gegessen haben acc p>f
 eat ate fressen frisst/frisst gefressen haben acc a>f
 cook cooked kochen - gekocht haben acc p>f
-order ordered bestellen - bestellt haben acc p>fd
 drink drank trinken - getrunken haben acc p>d
 call called an|rufen - angerufen haben acc p>p
 invite invited ein|laden lädst/lädt eingeladen haben acc p>p
@@ -112,27 +96,22 @@ turn_off turned_off aus|schalten - ausgeschaltet haben acc p>m
 open opened auf|machen - aufgemacht haben acc p>b
 close closed zu|machen - zugemacht haben acc p>b
 put_on put_on an|ziehen - angezogen haben acc p>c
-take_along took_along mit|nehmen nimmst/nimmt mitgenommen haben acc p>pat
 help helped helfen hilfst/hilft geholfen haben dat p>pa
 thank thanked danken - gedankt haben dat p>p
 follow followed folgen - gefolgt sein dat pa>pa
 answer answered antworten - geantwortet haben dat p>p
 trust trusted vertrauen - vertraut haben dat pa>pa
-congratulate congratulated gratulieren - gratuliert haben dat p>p
 listen_to listened_to zu|hören - zugehört haben dat pa>p
-watch watched zu|sehen siehst/sieht zugesehen haben dat pa>pa
 give gave geben gibst/gibt gegeben haben give p>slcfd
 show showed zeigen - gezeigt haben give p>tao
 bring brought bringen - gebracht haben give p>slcfda
 send sent schicken - geschickt haben give p>slrcf
 lend lent leihen - geliehen haben give p>slc
 sell sold verkaufen - verkauft haben give p>slcfa
-offer offered an|bieten - angeboten haben give p>scfd
 sleep slept schlafen schläfst/schläft geschlafen haben none pa>
 laugh laughed lachen - gelacht haben none p>
 cry cried weinen - geweint haben none p>
 sing sang singen - gesungen haben none p>
-dance danced tanzen - getanzt haben none pa>
 work worked arbeiten - gearbeitet haben none p>
 play played spielen - gespielt haben none pa>
 swim swam schwimmen - geschwommen sein none pa>
@@ -145,9 +124,7 @@ wait_for waited_for warten - gewartet haben prep:auf:acc pa>pa
 think_of thought_of denken - gedacht haben prep:an:acc p>pato
 dream_of dreamt_of träumen - geträumt haben prep:von:dat pa>pato
 talk_about talked_about sprechen sprichst/spricht gesprochen haben prep:über:acc p>pato
-laugh_at laughed_at lachen - gelacht haben prep:über:acc p>pat
 play_with played_with spielen - gespielt haben prep:mit:dat pa>pa
-ask_about asked_about fragen - gefragt haben prep:nach:dat p>pato
 remember remembered erinnern - erinnert haben refl-prep:an:acc p>pato
 complain_about complained_about beschweren - beschwert haben refl-prep:über:acc p>pato
 sit sat sitzen - gesessen haben place pa>u
@@ -156,7 +133,6 @@ stand stood stehen - gestanden haben place pas>u
 go went gehen - gegangen sein go pa>
 run ran laufen läufst/läuft gelaufen sein go pa>
 come came kommen - gekommen sein go pa>
-jump jumped springen - gesprungen sein go pa>
 put put stellen - gestellt haben put p>s
 put put legen - gelegt haben put p>l
 know knew wissen weißt/weiß gewusst haben that p>

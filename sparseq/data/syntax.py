@@ -494,7 +494,8 @@ def coordinate(left: Clause, conjunction: Literal["and", "but"], right: Clause) 
 
 
 def purpose(main: Clause, aim: Clause) -> Pair:
-    """*in order to*: um with a zu infinitive, whose subject is that of the main clause."""
+    """*in order to*: um with a zu infinitive, which keeps the verb and the object of `aim` only."""
+    aim = Clause(main.subject, aim.verb, aim.object)
     english = f"{main.english()} in order to {aim.infinitive_english()}"
     german = f"{main.german()} , um {aim.german('zu')}"
     return _pair(english, german, main.rules() | aim.rules() | {"purpose"})
