@@ -28,6 +28,9 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "demo": Command("sparseq.demo", "train, score, translate, save and reload a small sparse model"),
+    "train": Command("sparseq.training.train_command", "train a model from a recipe"),
+    "score": Command("sparseq.metrics.score_command", "translate a test set with a trained model and score it"),
     "train-tokenizer": Command("sparseq.training.tokenizer_command", "train a tokenizer on text files or a dataset"),
 }
 
@@ -45,6 +48,12 @@ _DESCRIPTION = "Train, score and use Sparseq encoder-decoder models."
 
 _EPILOG = """\
 examples:
+  sparseq demo                       see everything at work, in under 5 minutes on 2 CPU cores
+  sparseq train --list               the recipes that come with sparseq
+  sparseq train tiny-sparse data.folder=corpus data.source=en data.target=de --output outputs/tiny
+                                     train on corpus/{train,val}.{en,de}
+  sparseq score outputs/tiny --data corpus --source en --target de
+                                     BLEU and chrF of its translations of corpus/test.en
   sparseq train-tokenizer train.en train.de --language de --output tokenizer
                                      one tokenizer for both languages, with the tag <2de>
   sparseq COMMAND --help             the arguments of a command, with examples
