@@ -28,9 +28,13 @@ def plot_run(log: Sequence[Mapping[str, Any]], loads: Sequence[LayerLoad], path:
     FigureCanvasAgg(figure)
     curve = figure.add_subplot(1, 2 if loads else 1, 1)
     for key, label in (("loss", "training (with smoothing and router losses)"), ("eval_loss", "validation")):
-        points = [(entry["step"], entry[key]) for entry in log if key in entry]
+        # The first value of a step: after the last one, the averaged weights are evaluated again.
+        points: dict[int, float] = {}
+        for entry in log:
+            if key in entry:
+                points.setdefault(entry["step"], entry[key])
         if points:
-            curve.plot(*zip(*points, strict=True), label=label, marker="o" if key == "eval_loss" else None)
+            curve.plot(list(points), list(points.values()), label=label, marker="o" if key == "eval_loss" else None)
     curve.set_xlabel("updates")
     curve.set_ylabel("loss per target token (nats)")
     curve.set_yscale("log")
@@ -47,7 +51,8 @@ def plot_run(log: Sequence[Mapping[str, Any]], loads: Sequence[LayerLoad], path:
         heat.set_title("expert load (1 = uniform share)")
         for row, entry in enumerate(shares):
             for column, value in enumerate(entry):
-                heat.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8)
+                color = "white" if abs(value - 1) > 0.7 else "black"
+                heat.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=color)
         figure.colorbar(image, ax=heat)
     figure.savefig(path, dpi=110)
     return path
