@@ -1,4 +1,4 @@
-"""What the demo's corpus demands: BLEU of a word-for-word dictionary, and of the demo's model without one of its parts.
+"""What the demo corpus demands: BLEU of a word-for-word dictionary, and of the demo model without one of its parts.
 
     python benchmarks/demo_ablations.py                      # about 4 minutes a model on 2 cores
     python benchmarks/demo_ablations.py --json ablations.json training.max_steps=300
@@ -38,7 +38,7 @@ def no_cross_attention() -> Iterator[None]:
             return torch.zeros_like(hidden_states), None
         return original(self, hidden_states, *args, **kwargs)
 
-    SparseqAttention.forward = forward  # type: ignore[method-assign,assignment]
+    SparseqAttention.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -49,8 +49,8 @@ def plot_run(log: Sequence[Mapping[str, Any]], loads: Sequence[LayerLoad], path:
         heat.set_xticks(range(experts))
         heat.set_xlabel("expert")
         heat.set_title("expert load (1 = uniform share)")
-        for row, entry in enumerate(shares):
-            for column, value in enumerate(entry):
+        for row, values in enumerate(shares):
+            for column, value in enumerate(values):
                 color = "white" if abs(value - 1) > 0.7 else "black"
                 heat.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=color)
         figure.colorbar(image, ax=heat)
