@@ -1,5 +1,6 @@
 """How close two computations of the same numbers must be, by type; no test chooses its own tolerance."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def assert_close(
     assert torch.isfinite(actual).all(), f"{name} has numbers that are not finite"
 
 
-def assert_rounds_to(actual: torch.Tensor, expected: list[Any], places: int = 4) -> None:
+def assert_rounds_to(actual: torch.Tensor, expected: Sequence[Any], places: int = 4) -> None:
     """Assert that numbers are what was printed with `places` decimal places."""
     # Half a unit of the last place, and what float32 adds to it.
     torch.testing.assert_close(

@@ -97,6 +97,12 @@ class TestMaskedSelfAttention:
     """Example 6: a look-ahead mask, and a last position that is padding."""
 
     STATES = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8], [0.9, 1.0, 1.1, 1.2], [0.0, 0, 0, 0]])[None]
+    WEIGHTS = (
+        (1.0, 0.0, 0.0, 0.0),
+        (0.3729, 0.6271, 0.0, 0.0),
+        (0.1152, 0.2668, 0.6180, 0.0),
+        (0.3333, 0.3333, 0.3333, 0.0),
+    )
 
     def run(self, attention_mask: list[int], implementation: str = "eager") -> tuple[torch.Tensor, Any]:
         config = tiny_config(attn_implementation=implementation)
@@ -119,14 +125,24 @@ class TestMaskedSelfAttention:
 
     def test_weights_and_outputs(self) -> None:
         output, weights = self.run([1, 1, 1, 0])
-        assert_rounds_to(
-            weights[0, 0],
-            [[1, 0, 0, 0], [0.3729, 0.6271, 0, 0], [0.1152, 0.2668, 0.6180, 0], [0.3333, 0.3333, 0.3333, 0]],
-        )
+        assert_rounds_to(weights[0, 0], self.WEIGHTS)
         assert_rounds_to(
             output[0, :3],
             [[0.1, 0.2, 0.3, 0.4], [0.3509, 0.4509, 0.5509, 0.6509], [0.7011, 0.8011, 0.9011, 1.0011]],
         )
+
+    def test_the_decoder_masks_alike(self) -> None:
+        # With post-norm and no positions, the first self-attention of the decoder gets the embeddings as they are.
+        config = tiny_config(position_embedding_type="none", norm_position="post", scale_embedding=False)
+        decoder = SparseqModel(config).eval().decoder
+        decoder.layers[0].self_attn = identity_attention(config, is_causal=True)
+        outputs = decoder(
+            inputs_embeds=self.STATES,
+            attention_mask=torch.tensor([[1, 1, 1, 0]]),
+            encoder_hidden_states=torch.randn(1, 2, 4),
+            output_attentions=True,
+        )
+        assert_rounds_to(outputs.attentions[0][0, 0], self.WEIGHTS)
 
     def test_the_mask_is_look_ahead_and_padding(self) -> None:
         _, weights = self.run([1, 1, 1, 0])
