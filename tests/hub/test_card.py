@@ -1,6 +1,7 @@
 """The model card: valid metadata, nothing unfilled, and code that runs."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -230,46 +231,68 @@ def test_machine_and_versions() -> None:
     assert re.search(r"CPU core|NVIDIA|AMD", describe_hardware())
 
 
-def run_code(code: str, folder: Path, *, home: Path, package: bool) -> str:
-    """Run a code example as a reader would: in the model's folder, with or without the package."""
-    if not package:
-        code = (
-            "import sys\n"
-            "class Blocker:\n"
-            "    def find_spec(self, name, path=None, target=None):\n"
-            "        if name.partition('.')[0] == 'sparseq': raise ModuleNotFoundError(name)\n"
-            "sys.meta_path.insert(0, Blocker())\n" + code
-        )
+RUN_EXAMPLES = """
+import contextlib, io, json, os, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "sparseq":
+            raise ModuleNotFoundError(name)
+
+task = json.load(sys.stdin)
+if not task["package"]:
+    sys.meta_path.insert(0, Blocker())
+sys.stdin = open(os.devnull)
+printed = []
+for folder, code in task["examples"]:
+    os.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(code, {"__name__": "__main__"})
+    printed.append(output.getvalue())
+print(json.dumps(printed))
+"""
+
+
+def run_examples(examples: list[tuple[Path, str]], *, home: Path, package: bool) -> list[str]:
+    """What code examples print, run as a reader would: each in its model's folder, with or without the package."""
     process = subprocess.run(
-        [sys.executable, "-I", "-c", code],
-        cwd=folder,
+        [sys.executable, "-I", "-c", RUN_EXAMPLES],
+        input=json.dumps({"package": package, "examples": examples}, default=str),
         env={**os.environ, "HF_HOME": str(home), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"},
-        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    return process.stdout
+    printed: list[str] = json.loads(process.stdout)
+    return printed
 
 
-@pytest.mark.parametrize("auto_class", ["AutoModelForSeq2SeqLM", "AutoModel", "AutoModelForTextEncoding"])
-def test_the_code_example_runs(
-    auto_class: str, model: SparseqForConditionalGeneration, tokenizer: SparseqTokenizer, tmp_path: Path
+def test_the_code_examples_run(
+    model: SparseqForConditionalGeneration, tokenizer: SparseqTokenizer, tmp_path: Path
 ) -> None:
-    folder = write_hub_folder(model, tokenizer, tmp_path / "model", card=CardFacts(example='<2de> A "man" \\ walks'))
-    if auto_class != "AutoModelForSeq2SeqLM":
-        load = {"AutoModel": AutoModel, "AutoModelForTextEncoding": AutoModelForTextEncoding}[auto_class]
-        folder = write_hub_folder(load.from_pretrained(folder), tokenizer, tmp_path / "part")
-    text = (folder / "README.md").read_text("utf-8")
-    remote, installed = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert auto_class in remote
-    assert "from_pretrained(folder, trust_remote_code=True)" in remote
-    assert "trust_remote_code" not in installed
-    printed = run_code(remote, folder, home=tmp_path / "home", package=False)
-    assert printed == run_code(installed, folder, home=tmp_path / "home", package=True)
-    if auto_class == "AutoModelForSeq2SeqLM":
-        inputs = tokenizer('<2de> A "man" \\ walks', return_tensors="pt")
-        expected = tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True)
-        assert printed == expected + "\n"
-    else:
-        assert re.fullmatch(rf"torch.Size\(\[1, \d+, {model.config.d_model}\]\)\n", printed)
+    example = '<2de> A "man" \\ walks'
+    whole = write_hub_folder(model, tokenizer, tmp_path / "whole", card=CardFacts(example=example))
+    folders = {
+        "AutoModelForSeq2SeqLM": whole,
+        "AutoModel": write_hub_folder(AutoModel.from_pretrained(whole), tokenizer, tmp_path / "bare"),
+        "AutoModelForTextEncoding": write_hub_folder(
+            AutoModelForTextEncoding.from_pretrained(whole), tokenizer, tmp_path / "encoder"
+        ),
+    }
+    remote, installed = [], []
+    for auto_class, folder in folders.items():
+        codes = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), flags=re.DOTALL)
+        assert f"{auto_class}.from_pretrained(folder, trust_remote_code=True)" in codes[0]
+        assert "trust_remote_code" not in codes[1]
+        remote.append((folder, codes[0]))
+        installed.append((folder, codes[1]))
+    printed = run_examples(remote, home=tmp_path / "home", package=False)
+    # Nothing but this: no question about trust either.
+    expected = tokenizer.decode(model.generate(**tokenizer(example, return_tensors="pt"))[0], skip_special_tokens=True)
+    length = len(tokenizer("A man is walking in the park.")["input_ids"])
+    assert printed == [
+        expected + "\n",
+        f"torch.Size([1, 1, {model.config.d_model}])\n",
+        f"torch.Size([1, {length}, {model.config.d_model}])\n",
+    ]
+    assert run_examples(installed, home=tmp_path / "home", package=True) == printed
