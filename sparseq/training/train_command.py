@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="*",
         metavar="KEY=VALUE",
-        help="change a value of the recipe, such as training.max_steps=100",
+        help="right after RECIPE: change a value of it, such as training.max_steps=100",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="output folder (default: outputs/RECIPE)")
     parser.add_argument("--list", action="store_true", help="list the recipes that come with sparseq")
