@@ -1,6 +1,8 @@
 # Copyright 2026 The Sparseq authors. Licensed under the Apache License, Version 2.0.
 """Configuration of Sparseq: everything that decides the architecture, and nothing that belongs to generation."""
 
+import math
+from numbers import Real
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -249,6 +251,8 @@ class SparseqConfig(PreTrainedConfig):
         at_least_one += ["encoder_ffn_dim", "decoder_ffn_dim", "expert_ffn_dim", "num_experts_per_tok"]
         not_negative = ["num_experts", "encoder_sparse_step", "decoder_sparse_step", "num_shared_experts"]
         not_negative += ["position_offset", "router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"]
+        if not self.is_encoder_decoder:
+            raise ValueError("`is_encoder_decoder` must be True: Sparseq has no decoder-only form, but it is False")
         for name in at_least_one:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}")
@@ -258,6 +262,9 @@ class SparseqConfig(PreTrainedConfig):
         for name in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, but is {getattr(self, name)}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"`{name}` must be a finite number, but is {value}")
         if self.norm_eps <= 0:
             raise ValueError(f"`norm_eps` must be above 0, but is {self.norm_eps}")
         if self.initializer_range is not None and self.initializer_range <= 0:
@@ -312,11 +319,12 @@ class SparseqConfig(PreTrainedConfig):
         rope_type = self.rope_parameters["rope_type"]
         if rope_type not in ("default", "linear"):
             raise ValueError(f'`rope_parameters["rope_type"]` must be "default" or "linear", but is "{rope_type}"')
-        if rope_type == "linear" and not self.rope_parameters.get("factor", 0) >= 1:
-            raise ValueError(
-                '`rope_parameters["factor"]` must be at least 1 for rope_type "linear", but is '
-                f"{self.rope_parameters.get('factor')}"
-            )
+        limits = {"rope_theta": 0} | ({"factor": 1} if rope_type == "linear" else {})
+        for name, limit in limits.items():
+            value = self.rope_parameters.get(name)
+            if not isinstance(value, Real) or not math.isfinite(value) or value < limit or value == 0:
+                bound = "above 0" if limit == 0 else f'at least {limit} for rope_type "{rope_type}"'
+                raise ValueError(f'`rope_parameters["{name}"]` must be a number {bound}, but is {value!r}')
 
     def _check_experts(self) -> None:
         if self.num_experts == 0:
@@ -358,6 +366,11 @@ class SparseqConfig(PreTrainedConfig):
         if self.activation_function not in ACT2FN:
             raise ValueError(
                 f"`activation_function` must be one of {sorted(ACT2FN)}, but is '{self.activation_function}'"
+            )
+        if any(True for _ in ACT2FN[self.activation_function].parameters()):
+            raise ValueError(
+                f"`activation_function` '{self.activation_function}' has parameters of its own, which stacked experts "
+                "cannot hold; choose one without, such as 'relu', 'gelu' or 'silu'"
             )
 
 

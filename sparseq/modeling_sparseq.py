@@ -123,6 +123,11 @@ def shift_tokens_right(labels: torch.Tensor, pad_token_id: int | None, decoder_s
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute a softmax in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     """Positions `(B, L)` that count real tokens only, so that padding on either side moves none of them."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
@@ -220,7 +225,7 @@ def eager_attention_forward(
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(query.dtype)
     output = torch.matmul(F.dropout(weights, p=dropout, training=module.training), value)
     return output.transpose(1, 2).contiguous(), weights
 
@@ -747,8 +752,20 @@ class SparseqPreTrainedModel(PreTrainedModel):
             bound = math.sqrt(6.0 / (weight.shape[-2] // parts + weight.shape[-1]))
             init.uniform_(weight, -bound, bound)
 
+    def __init__(self, config: SparseqConfig, *inputs: Any, **kwargs: Any):
+        # Fields that were set after the configuration was made, as `from_pretrained(..., num_experts=4)` does.
+        config.validate_architecture()
+        super().__init__(config, *inputs, **kwargs)
+
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        # Ours where none is asked for: it needs no aligned sizes and gives padding to no expert.
+        # Ours where none is asked for: it takes sizes of any kind and loses no time on padding.
+        sizes = {name: getattr(self.config, name) for name in ("d_model", "expert_ffn_dim")}
+        if requested_experts == "grouped_mm" and any(size % 8 for size in sizes.values()):
+            logger.warning_once(
+                f"experts_implementation='grouped_mm' needs sizes that are multiples of 8, but they are {sizes}; "
+                "'sparseq' is used instead, with the same results"
+            )
+            requested_experts = "sparseq"
         return super().get_correct_experts_implementation(requested_experts or "sparseq")
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
@@ -1415,7 +1432,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         """Sum over labels of the cross-entropy, smoothed in training, over the number of labels."""
         labels = labels.to(logits.device)
         total = F.cross_entropy(
-            logits.float().view(-1, logits.shape[-1]),
+            logits.to(at_least_float32(logits.dtype)).view(-1, logits.shape[-1]),
             labels.view(-1),
             reduction="sum",
             label_smoothing=self.config.label_smoothing if self.training else 0.0,

@@ -3,9 +3,10 @@
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from sparseq import SparseqConfig
+from sparseq import SparseqConfig, SparseqModel
 
 # One head everywhere, so that the width alone is wrong.
 ONE_HEAD = {"encoder_attention_heads": 1, "decoder_attention_heads": 1}
@@ -87,6 +88,18 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5}},
         ['`rope_parameters["factor"]`', "at least 1", "0.5"],
     ),
+    "factor that is no number": (
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": "2"}},
+        ['`rope_parameters["factor"]`', "a number", "'2'"],
+    ),
+    "negative theta": (
+        {"rope_parameters": {"rope_theta": -5.0}},
+        ['`rope_parameters["rope_theta"]`', "above 0", "-5.0"],
+    ),
+    "norm_eps that is no number": ({"norm_eps": float("nan")}, ["`norm_eps`", "finite", "nan"]),
+    "infinite coefficient": ({"router_aux_loss_coef": float("inf")}, ["`router_aux_loss_coef`", "finite", "inf"]),
+    "decoder only": ({"is_encoder_decoder": False}, ["`is_encoder_decoder`", "False"]),
+    "activation with parameters": ({"activation_function": "prelu"}, ["`activation_function`", "'prelu'", "'relu'"]),
     "more experts per token than experts": (
         {"num_experts": 4, "num_experts_per_tok": 5},
         ["`num_experts_per_tok`", "`num_experts` (4)", "is 5"],
@@ -201,3 +214,17 @@ def test_a_field_that_is_set_later_is_checked_too() -> None:
     config.num_experts_per_tok = 9
     with pytest.raises(StrictDataclassError, match="num_experts_per_tok"):
         config.validate()
+
+
+def test_a_model_checks_what_was_changed_since() -> None:
+    config = SparseqConfig()
+    config.num_experts_per_tok = 9
+    with torch.device("meta"), pytest.raises(ValueError, match=r"`num_experts_per_tok`.*\(8\), but is 9"):
+        SparseqModel(config)
+
+
+def test_sizes_that_the_library_cannot_group_fall_back() -> None:
+    config = SparseqConfig(d_model=48, expert_ffn_dim=30, encoder_layers=2, decoder_layers=2)
+    with torch.device("meta"):
+        model = SparseqModel._from_config(config, experts_implementation="grouped_mm")
+    assert model.config._experts_implementation == "sparseq"

@@ -1,0 +1,180 @@
+"""Plant one defect at a time in a copy of the package and see the tests fail.
+
+    python tests/planted_defects.py                 # all, about half a minute each on 2 cores
+    python tests/planted_defects.py "head not tied" # one
+
+Prints the test that noticed each defect, and exits with status 1 if a defect went unnoticed.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+_SUITE = ("tests/modeling", "tests/parity", "tests/configuration")
+
+
+class Defect(NamedTuple):
+    """Text of `file` that stands there once, and what it is replaced by."""
+
+    name: str
+    old: str
+    new: str
+    file: str = "sparseq/modeling_sparseq.py"
+
+
+DEFECTS = [
+    Defect("padding mask ignored", "return input_ids.ne(pad)", "return torch.ones_like(input_ids).bool()"),
+    Defect(
+        "padding mask not given to generate()",
+        'if model_input_name == "input_ids" and model_kwargs.get("attention_mask") is None:',
+        "if False:",
+    ),
+    Defect("head not tied", "if config.tie_word_embeddings:", "if False:"),
+    Defect("cache dropped", "key, value = cache.update(key, value, self.layer_idx)", "pass"),
+    Defect(
+        "cross-attention cache of another layer",
+        "key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values",
+        "key, value = cache.layers[0].keys, cache.layers[0].values",
+    ),
+    Defect("labels shifted twice", "            labels.view(-1),\n", "            labels.roll(-1, -1).reshape(-1),\n"),
+    Defect(
+        "one expert never run",
+        "outputs = outputs.masked_fill(is_padding, 0.0) * top_k_weights",
+        "outputs = outputs.masked_fill(is_padding | (experts == 1)[:, None], 0.0) * top_k_weights",
+    ),
+    Defect(
+        "cross-attention dropped",
+        "is_cross_attention = encoder_hidden_states is not None",
+        "is_cross_attention = False",
+    ),
+    Defect(
+        "query heads share the wrong keys",
+        "key = key.repeat_interleave(groups, dim=1)",
+        "key = key.repeat(1, groups, 1, 1)",
+    ),
+    Defect("scores not scaled", "self.scaling = self.head_dim**-0.5", "self.scaling = 1.0"),
+    Defect(
+        "encoder looks no further than the past",
+        "is_decoder=False, is_causal=False",
+        "is_decoder=False, is_causal=True",
+    ),
+    Defect(
+        "positions count padding",
+        "(attention_mask.long().cumsum(dim=-1) - 1)",
+        "(torch.ones_like(attention_mask).long().cumsum(dim=-1) - 1)",
+    ),
+    Defect(
+        "sinusoid exponent of the odd dimensions",
+        "parts = (angles.sin(), angles.cos())",
+        "parts = (angles.sin(), (angles * 0.9).cos())",
+    ),
+    Defect(
+        "positions without their offset",
+        "angles = _angles(position_ids + self.offset,",
+        "angles = _angles(position_ids,",
+    ),
+    Defect(
+        "rotation the wrong way",
+        "torch.cat([-second, first], dim=-1) * sin",
+        "torch.cat([second, -first], dim=-1) * sin",
+    ),
+    Defect(
+        "embeddings not scaled",
+        "return embeds * self.embed_scale if self.embed_scale != 1.0 else embeds",
+        "return embeds",
+    ),
+    Defect("final norm dropped", "self.norm = make_norm(config) if config.final_norm else None", "self.norm = None"),
+    Defect("logits bias dropped", "logits = logits + self.final_logits_bias", "pass"),
+    Defect("routing weights not renormalised", "if self.norm_topk_prob:", "if False:"),
+    Defect(
+        "selection bias in the weights", "weights = scores.gather(-1, indices)", "weights = choice.gather(-1, indices)"
+    ),
+    Defect("padding sent to experts", "indices = indices.masked_fill(~token_mask[:, None], self.num_experts)", "pass"),
+    Defect("shared experts dropped", "outputs = outputs + self.shared_experts(hidden_states)[0]", "pass"),
+    Defect("gate and up exchanged", "gate, up = gate_up.chunk(2, dim=-1)", "up, gate = gate_up.chunk(2, dim=-1)"),
+    Defect(
+        "loss a mean of micro-batch means",
+        "return num_items_in_batch.to(labels.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch",
+        "return labels.ne(-100).sum().clamp(min=1)",
+    ),
+    Defect(
+        "router losses not weighted by sentence",
+        "balance = num_experts * (share / tokens * (mean_score / tokens)).sum(dim=-1)",
+        "balance = num_experts * (share / tokens * (mean_score / tokens)).sum(dim=-1) * 0 + 1",
+    ),
+    Defect(
+        "router losses lost in training",
+        "result.loss = result.loss + balance_coef * balance + self.config.router_z_loss_coef * z_loss",
+        "pass",
+    ),
+    Defect(
+        "smoothing in evaluation",
+        "label_smoothing=self.config.label_smoothing if self.training else 0.0",
+        "label_smoothing=self.config.label_smoothing",
+    ),
+    Defect(
+        "experts skipped behind a masked prefix",
+        "return labels.ne(-100).flip(1).cumsum(dim=1).flip(1).bool()",
+        "return labels.ne(-100)",
+    ),
+    Defect("learned positions unchecked", "length > limit:", "length > limit + 10**9:"),
+    Defect(
+        "heads that do not divide accepted", "if heads % kv_heads:", "if False:", "sparseq/configuration_sparseq.py"
+    ),
+    Defect(
+        "active parameters count all experts",
+        "experts = self.num_experts_per_tok if active else self.num_experts",
+        "experts = self.num_experts",
+        "sparseq/configuration_sparseq.py",
+    ),
+]
+
+
+def noticed_by(defect: Defect) -> str | None:
+    """Name of the first test that fails with the defect planted, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "clone"
+        for part in ("sparseq", "tests", "recipes"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "model_card.md"):
+            shutil.copy(ROOT / name, copy / name)
+        path = copy / defect.file
+        path.write_text(path.read_text("utf-8").replace(defect.old, defect.new), "utf-8")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "--no-header", "-p", "no:cacheprovider"]
+        environment = {**os.environ, "PYTHONPATH": str(copy), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run([*command, *_SUITE], cwd=copy, env=environment, capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, flags=re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"pytest did not run with '{defect.name}':\n{done.stdout}\n{done.stderr}")
+    return found[1]
+
+
+def main() -> int:
+    """Plant what was asked for, or everything; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="defects to plant (default: all)")
+    args = parser.parse_args()
+    unknown = set(args.names) - {defect.name for defect in DEFECTS}
+    if unknown:
+        parser.error(f"no such defect: {', '.join(sorted(unknown))}; there are: {', '.join(d.name for d in DEFECTS)}")
+    unnoticed = 0
+    for defect in DEFECTS:
+        if args.names and defect.name not in args.names:
+            continue
+        test = noticed_by(defect)
+        unnoticed += test is None
+        print(f"{defect.name:45} {test or 'NOT NOTICED'}", flush=True)
+    return 1 if unnoticed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
