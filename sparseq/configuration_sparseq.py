@@ -94,6 +94,8 @@ class SparseqConfig(PreTrainedConfig):
     """
 
     model_type = "sparseq"
+    # A configuration saved by itself brings its code along, as a model does.
+    _auto_class = "AutoConfig"
     keys_to_ignore_at_inference = [
         "past_key_values",
         "encoder_last_hidden_state",

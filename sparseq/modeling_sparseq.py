@@ -8,8 +8,11 @@ head, E experts, K experts per token, F inner width of one expert, N tokens (B *
 """
 
 import math
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -42,6 +45,15 @@ Routing = tuple[torch.Tensor, torch.Tensor] | None
 
 # generate() would otherwise stop at 20 tokens; long enough for a sentence or a summary.
 DEFAULT_MAX_LENGTH = 256
+
+# What every saved folder holds besides configuration and weights, so that it loads without this package.
+CODE_FILES = ("configuration_sparseq.py", "modeling_sparseq.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_sparseq.SparseqConfig",
+    "AutoModel": "modeling_sparseq.SparseqModel",
+    "AutoModelForSeq2SeqLM": "modeling_sparseq.SparseqForConditionalGeneration",
+    "AutoModelForTextEncoding": "modeling_sparseq.SparseqEncoderModel",
+}
 
 
 @dataclass
@@ -700,6 +712,11 @@ class SparseqDecoderLayer(GradientCheckpointingLayer):
         return hidden_states, routing
 
 
+def _copy_code(folder: str | os.PathLike[str]) -> None:
+    for name in CODE_FILES:
+        shutil.copyfile(Path(__file__).with_name(name), Path(folder) / name)
+
+
 class SparseqPreTrainedModel(PreTrainedModel):
     """What all Sparseq models share: initial weights, tied weights, and which features of the library they support."""
 
@@ -791,6 +808,34 @@ class SparseqPreTrainedModel(PreTrainedModel):
                 f"(`num_experts` is {self.config.num_experts}); pass `use_reentrant=False`, which is exact"
             )
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """
+        Save as the library does, and with it the code and an `auto_map` for every auto class: the folder loads with
+        `trust_remote_code=True` where this package is not installed. An adapter alone is saved without them.
+        """
+        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
+        is_adapter = getattr(self, "_hf_peft_config_loaded", False)
+        if not is_adapter:
+            # The library would map the saved class alone.
+            self.config.auto_map = dict(AUTO_MAP)
+            if self.should_save_on_this_rank(is_main_process) and not os.path.isfile(save_directory):
+                os.makedirs(save_directory, exist_ok=True)
+                _copy_code(save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        # Copied again, because only files newer than the save's beginning are uploaded.
+        if os.path.isfile(os.path.join(working_dir, "config.json")):
+            _copy_code(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        # Called for every class loaded as remote code. The library would then save the file of the model's type, which
+        # under FSDP2 is a file of torch's; `save_pretrained` above saves this one. A subclass elsewhere may register.
+        if cls.__module__ != __name__:
+            super().register_for_auto_class(auto_class)
 
     def num_active_parameters(self) -> int:
         """Parameters that one token uses: all but those of the experts that are not chosen, tied ones counted once."""

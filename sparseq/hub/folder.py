@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import shutil
-import sys
 import uuid
 from pathlib import Path
 
@@ -11,14 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from sparseq.hub.card import CardFacts, render_card
 from sparseq.modeling_sparseq import SparseqPreTrainedModel
-
-_CODE_FILES = ("configuration_sparseq.py", "modeling_sparseq.py")
-_AUTO_MAP = {
-    "AutoConfig": "configuration_sparseq.SparseqConfig",
-    "AutoModel": "modeling_sparseq.SparseqModel",
-    "AutoModelForSeq2SeqLM": "modeling_sparseq.SparseqForConditionalGeneration",
-    "AutoModelForTextEncoding": "modeling_sparseq.SparseqEncoderModel",
-}
 
 
 def write_hub_folder(
@@ -53,8 +44,7 @@ def write_hub_folder(
         raise ValueError(f"{target} is a file; name a folder to write the model into.")
     own_class = _own_class(model)
     _check_tokenizer(model, tokenizer)
-    # The library sets both while saving; the card needs them now, so that an invalid one costs nothing.
-    model.config.auto_map = dict(_AUTO_MAP)
+    # The library sets it while saving; the card needs it now, so that an invalid one costs nothing.
     model.config.architectures = [own_class.__name__]
     readme = render_card(model.config, _with_parameters(model, card or CardFacts()))
 
@@ -62,7 +52,6 @@ def write_hub_folder(
     staging = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.incomplete"
     try:
         model.save_pretrained(staging)
-        _copy_code(own_class, staging)
         tokenizer.save_pretrained(staging)
         (staging / "README.md").write_text(readme, "utf-8")
         _put_in_place(staging, target)
@@ -80,14 +69,6 @@ def _own_class(model: SparseqPreTrainedModel) -> type:
         f"A Hub folder is written for Sparseq models, but got {type(model).__name__}. Merge a PEFT adapter first: "
         "`model = model.merge_and_unload()`; an adapter by itself is saved with `save_pretrained`."
     )
-
-
-def _copy_code(own_class: type, folder: Path) -> None:
-    """Copy the code of this very model: from the package, or from the copy that remote code was loaded from."""
-    source = sys.modules[own_class.__module__].__file__
-    assert source is not None
-    for name in _CODE_FILES:
-        shutil.copyfile(Path(source).parent / name, folder / name)
 
 
 def _check_tokenizer(model: SparseqPreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

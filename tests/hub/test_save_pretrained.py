@@ -1,0 +1,176 @@
+"""`save_pretrained` itself writes folders that need nothing of ours, whoever calls it."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers.dynamic_module_utils
+import transformers.modeling_utils
+import transformers.utils.hub
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, Trainer, TrainingArguments
+
+import sparseq
+from sparseq import SparseqConfig, SparseqEncoderModel, SparseqForConditionalGeneration, SparseqModel
+from sparseq.modeling_sparseq import AUTO_MAP, CODE_FILES
+from tests.hub.client import observe
+from tests.hub.conftest import Client
+
+WEIGHTS = {"config.json", "model.safetensors"}
+GENERATING = {*WEIGHTS, "generation_config.json", *CODE_FILES}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def saved_map(folder: Path) -> dict[str, str]:
+    mapping: dict[str, str] = json.loads((folder / "config.json").read_text("utf-8"))["auto_map"]
+    return mapping
+
+
+@pytest.mark.parametrize("kind", [SparseqForConditionalGeneration, SparseqModel, SparseqEncoderModel])
+def test_every_class_saves_its_code_and_the_whole_map(kind: Any, config: SparseqConfig, tmp_path: Path) -> None:
+    kind(SparseqConfig(**config.to_dict())).save_pretrained(tmp_path)
+    assert names(tmp_path) | {"generation_config.json"} == GENERATING
+    assert saved_map(tmp_path) == AUTO_MAP
+    for name in CODE_FILES:
+        assert (tmp_path / name).read_bytes() == Path(sparseq.__file__).with_name(name).read_bytes()
+
+
+def test_code_files_are_those_that_the_code_imports() -> None:
+    """A sibling imported by a file that travels must travel too."""
+    folder = Path(sparseq.__file__).parent
+    needed = {"modeling_sparseq.py"}
+    for file in transformers.dynamic_module_utils.get_relative_import_files(folder / "modeling_sparseq.py"):
+        needed.add(Path(file).name)
+    assert needed == set(CODE_FILES)
+
+
+def test_a_trainer_checkpoint_loads_without_the_package(
+    model: SparseqForConditionalGeneration, inputs: dict[str, torch.Tensor], client: Client, tmp_path: Path
+) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path / "run"), report_to=[], use_cpu=True)
+    Trainer(model, arguments).save_model(str(tmp_path / "checkpoint"))
+    job = {"auto_class": "AutoModelForSeq2SeqLM", "folder": tmp_path / "checkpoint", "trust": True}
+    (result,) = client(job, package=False)
+    assert "error" not in result
+    found = load_file(result["outputs"])
+    for name, tensor in observe(model.eval(), inputs).items():
+        assert torch.equal(found[name], tensor)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_fsdp2_saves_our_code_and_not_its_own(model: SparseqForConditionalGeneration, tmp_path: Path) -> None:
+    # As the library does with a class that it loads as remote code.
+    SparseqForConditionalGeneration.register_for_auto_class("AutoModelForSeq2SeqLM")
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fully_shard(model)
+    assert type(model).__module__.startswith("torch."), "the trap that this is about"
+    model.save_pretrained(tmp_path, state_dict=weights)
+    assert names(tmp_path) == GENERATING
+    assert saved_map(tmp_path) == AUTO_MAP
+
+
+def test_a_merged_adapter_saves_the_same_and_an_unmerged_one_what_peft_saves(
+    model: SparseqForConditionalGeneration, tmp_path: Path
+) -> None:
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert names(tmp_path / "adapter") == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert names(tmp_path / "merged") == GENERATING
+    assert saved_map(tmp_path / "merged") == AUTO_MAP
+
+
+def test_an_adapter_loaded_by_the_library_is_saved_alone(
+    model: SparseqForConditionalGeneration, tmp_path: Path
+) -> None:
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    assert not names(tmp_path) & {"config.json", *CODE_FILES}
+    assert "adapter_config.json" in names(tmp_path)
+
+
+def test_only_the_main_process_writes(model: SparseqForConditionalGeneration, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert not names(tmp_path) & {*CODE_FILES, "config.json"}
+
+
+def test_a_subclass_of_a_user_brings_its_own_file(config: SparseqConfig, tmp_path: Path) -> None:
+    """Registered as the library's documentation says; what it does not define still comes from ours."""
+    (tmp_path / "my_model.py").write_text(
+        "from sparseq import SparseqForConditionalGeneration\n\n\n"
+        "class MyModel(SparseqForConditionalGeneration):\n    pass\n",
+        "utf-8",
+    )
+    spec = importlib.util.spec_from_file_location("my_model", tmp_path / "my_model.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["my_model"] = module
+    try:
+        spec.loader.exec_module(module)
+        module.MyModel.register_for_auto_class("AutoModelForSeq2SeqLM")
+        module.MyModel(SparseqConfig(**config.to_dict())).save_pretrained(tmp_path / "saved")
+    finally:
+        del sys.modules["my_model"]
+    assert names(tmp_path / "saved") == GENERATING | {"my_model.py"}
+    assert saved_map(tmp_path / "saved") == {**AUTO_MAP, "AutoModelForSeq2SeqLM": "my_model.MyModel"}
+
+
+def test_a_configuration_alone(config: SparseqConfig, tmp_path: Path) -> None:
+    config = SparseqConfig(**config.to_dict())
+    config.save_pretrained(tmp_path / "config")
+    assert names(tmp_path / "config") == {"config.json", "configuration_sparseq.py"}
+    assert AutoConfig.from_pretrained(tmp_path / "config") == config
+
+
+class Hub:
+    """Stands in for the Hub's client: keeps what it is asked to upload."""
+
+    def __init__(self) -> None:
+        self.uploaded: set[str] = set()
+
+    def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
+        return SimpleNamespace(repo_id=repo_id)
+
+    def create_commit(self, *, operations: list[Any], **kwargs: Any) -> None:
+        self.uploaded = {operation.path_in_repo for operation in operations}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub()
+    for module in (transformers.modeling_utils, transformers.utils.hub):
+        monkeypatch.setattr(module, "hf_api", lambda: hub)
+    monkeypatch.setattr(
+        transformers.utils.hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("---\n{}\n---\n")
+    )
+    return hub
+
+
+def test_every_way_to_push_uploads_the_code(model: SparseqForConditionalGeneration, hub: Hub, tmp_path: Path) -> None:
+    model.push_to_hub("someone/model")
+    assert hub.uploaded == GENERATING | {"README.md"}
+    for _ in range(2):
+        # The second save finds the code there already: files that did not change would not be uploaded.
+        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="someone/model")
+        assert hub.uploaded >= GENERATING
