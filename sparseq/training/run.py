@@ -105,7 +105,8 @@ def train(
     # One bar for the training is enough: the library would add one for every file it writes.
     transformers.utils.logging.disable_progress_bar()
     watch = _Stopwatch()
-    state = PartialState()
+    # Said outright: otherwise several processes on a machine without accelerators do not find each other.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     with state.main_process_first(), watch.part("data"):
         if state.is_main_process:
             _prepare_output(recipe, output_dir, resume=resume)
@@ -318,9 +319,12 @@ def _training_arguments(recipe: Recipe, output_dir: Path, progress: bool) -> Spa
         disable_tqdm=not progress,
         report_to="none",
         seed=recipe.seed,
+        use_cpu=not torch.accelerator.is_available(),
         # Not the library's: its label names come from a signature that also has `decoder_...` arguments.
         label_names=["labels"],
         remove_unused_columns=False,
+        # Experts are stacked in one parameter, so a step reaches every parameter even if it skips an expert.
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
 

@@ -80,12 +80,16 @@ def run(args: argparse.Namespace) -> int:
         print(describe(recipe))
         return 0
 
+    from accelerate import PartialState
+
     from sparseq.training.run import train
 
     output = args.output or Path("outputs") / recipe.name
     result = train(recipe, output, resume=not args.no_resume, bootstrap=args.bootstrap)
-    _report(result.scores, result.seconds, result.validation_loss)
-    print(f"The model is in {output}.")
+    # Every process of a distributed run gets here; one of them speaks.
+    if PartialState().is_main_process:
+        _report(result.scores, result.seconds, result.validation_loss)
+        print(f"The model is in {output}.")
     return 0
 
 
