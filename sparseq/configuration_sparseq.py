@@ -113,8 +113,7 @@ class SparseqConfig(PreTrainedConfig):
         "num_attention_heads": "encoder_attention_heads",
         "num_local_experts": "num_experts",
     }
-    # The class-level plans of the modules replace the config-level one, which the library would apply to the root,
-    # the encoder and the decoder alike.
+    # The library would apply a plan given here to the root, the encoder and the decoder alike, and fail on the first.
     base_model_fsdp_plan = {}
 
     vocab_size: int = 32_000

@@ -71,7 +71,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--source", metavar="LANG", help="ending of the source files, such as en")
     parser.add_argument("--target", metavar="LANG", help="ending of the target files, such as de")
     parser.add_argument("--test", metavar="NAME", help="beginning of the test files' names (default: test)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="output folder (default: outputs/demo[-SRC-TGT])")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="output folder (default: outputs/demo[-SOURCE-TARGET][-quick])"
+    )
     parser.add_argument("--recipe", metavar="RECIPE", help="another recipe, by name or as a YAML file")
     parser.add_argument("--quick", action="store_true", help="a few updates only, to see that everything works")
     parser.add_argument("--no-resume", action="store_true", help="start over, deleting an earlier run's checkpoints")
@@ -113,11 +115,13 @@ def _settle(args: argparse.Namespace) -> tuple[Any, Path]:
         missing = [option for option in ("--source", "--target") if named[option] is None]
         if missing:
             raise ValueError(f"--data needs {' and '.join(missing)}, for instance --source en --target de")
-        overrides = [f"data.folder={args.data}", f"data.source={args.source}", f"data.target={args.target}"]
-        overrides.append(f"data.test={args.test or 'test'}")
+        values = {"folder": args.data, "source": args.source, "target": args.target, "test": args.test or "test"}
+        # A JSON string is YAML, whatever is in it: 2016 stays a name.
+        overrides = [f"data.{key}={json.dumps(value)}" for key, value in values.items()]
         name, output = "multi30k", Path(f"outputs/demo-{args.source}-{args.target}")
     if args.quick:
         overrides += _QUICK if args.data is None else [item for item in _QUICK if "generated" not in item]
+        output = output.with_name(f"{output.name}-quick")
     recipe = load_recipe(args.recipe or name, [*overrides, *args.overrides])
     return recipe, args.output or output
 
@@ -163,10 +167,12 @@ def _write_folder(recipe: Any, result: Any) -> Path:
     from sparseq.hub.folder import write_hub_folder
     from sparseq.inspection.experts import expert_load, format_expert_load
     from sparseq.inspection.plots import plot_run
+    from sparseq.tokenization_sparseq import source_prefix
 
     model = AutoModelForSeq2SeqLM.from_pretrained(result.output_dir).eval()
     tokenizer = AutoTokenizer.from_pretrained(result.output_dir)
-    loads = expert_load(model, _batches(tokenizer, result, _prefix(recipe)))
+    prefix = source_prefix(tokenizer, recipe.data.target)
+    loads = expert_load(model, _batches(tokenizer, result, prefix))
     print(format_expert_load(loads))
     log = json.loads((result.output_dir / "results.json").read_text("utf-8"))["log"]
     picture = plot_run(log, loads, result.output_dir / "run.png")
@@ -191,16 +197,10 @@ def _write_folder(recipe: Any, result: Any) -> Path:
         commit=manifest["commit"],
         metrics=translation_metrics(result.scores, dataset=name, split=split),
         expert_load=loads,
-        example=_prefix(recipe) + result.sources[0],
+        example=prefix + result.sources[0],
         limits=["It knows the sentences of a small grammar and nothing else."] if generated else [],
     )
     return write_hub_folder(model, tokenizer, result.output_dir / "hub", card=facts)
-
-
-def _prefix(recipe: Any) -> str:
-    from sparseq.tokenization_sparseq import language_tag
-
-    return f"{language_tag(recipe.data.target)} "
 
 
 def _batches(tokenizer: Any, result: Any, prefix: str) -> Any:
@@ -216,8 +216,10 @@ def _reload(folder: Path, sources: list[str], recipe: Any) -> bool:
     """Translate in this process, in a fresh one, and in one without the package; say whether all agree."""
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-    job = {"sources": [_prefix(recipe) + source for source in sources]}
+    from sparseq.tokenization_sparseq import source_prefix
+
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    job = {"sources": [source_prefix(tokenizer, recipe.data.target) + source for source in sources]}
     model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
     batch = tokenizer(job["sources"], padding=True, return_tensors="pt")
     expected = tokenizer.batch_decode(model.generate(**batch), skip_special_tokens=True)

@@ -226,7 +226,7 @@ def eager_attention_forward(
     Args:
         query: `(B, A, L, D)`.
         key, value: `(B, A / groups, L', D)`.
-        attention_mask: Added to the scores, `(B, 1, L, L')`.
+        attention_mask: `(B, 1, L, L')`, added to the scores, or False where a score is to be hidden.
 
     Returns:
         Output `(B, L, A, D)` and weights `(B, A, L, L')`.
@@ -235,7 +235,9 @@ def eager_attention_forward(
     key = key.repeat_interleave(groups, dim=1)
     value = value.repeat_interleave(groups, dim=1)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     weights = F.softmax(scores, dim=-1, dtype=at_least_float32(scores.dtype)).to(query.dtype)
     output = torch.matmul(F.dropout(weights, p=dropout, training=module.training), value)
@@ -274,7 +276,7 @@ class SparseqAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -291,8 +293,8 @@ class SparseqAttention(nn.Module):
         is_cross_attention = encoder_hidden_states is not None
         query = self._split_heads(self.q_proj(hidden_states))
         is_cached = False
-        cache: Any = past_key_values
-        if isinstance(past_key_values, EncoderDecoderCache):
+        cache: Any = None
+        if past_key_values is not None:
             is_cached = is_cross_attention and bool(past_key_values.is_updated.get(self.layer_idx))
             cache = (
                 past_key_values.cross_attention_cache if is_cross_attention else past_key_values.self_attention_cache
@@ -307,7 +309,7 @@ class SparseqAttention(nn.Module):
             query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
         if cache is not None and not is_cached:
             key, value = cache.update(key, value, self.layer_idx)
-            if is_cross_attention and isinstance(past_key_values, EncoderDecoderCache):
+            if is_cross_attention:
                 past_key_values.is_updated[self.layer_idx] = True
 
         attention_interface: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -538,8 +540,6 @@ class SparseqExperts(nn.Module):
         # unbind, because indexing a stacked parameter would make a gradient of its full size for each expert.
         for expert, (weight_in, weight_out) in enumerate(zip(first.unbind(0), self.down_proj.unbind(0), strict=True)):
             token, choice = torch.where(top_k_index == expert)
-            if token.numel() == 0:
-                continue
             inner = F.linear(hidden_states[token], weight_in, None if first_bias is None else first_bias[expert])
             inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
             inner = F.linear(inner, weight_out, None if second_bias is None else second_bias[expert])
@@ -677,7 +677,7 @@ class SparseqDecoderLayer(GradientCheckpointingLayer):
         encoder_attention_mask: torch.Tensor | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         token_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Routing]:
@@ -936,7 +936,7 @@ class SparseqStack(SparseqPreTrainedModel):
         limit = self.config.max_position_embeddings
         if isinstance(self.embed_positions, SparseqLearnedPositions) and length > limit:
             raise ValueError(
-                f"The input has {length} tokens, but `position_embedding_type='learned'` has "
+                f"The input has {length} tokens, padding included, but `position_embedding_type='learned'` has "
                 f"`max_position_embeddings` = {limit} positions; truncate the input, or use a model with sinusoidal "
                 "or rotary positions, which have no limit"
             )
@@ -1075,12 +1075,17 @@ class SparseqDecoder(SparseqStack):
         """
         embeds = self._embed(input_ids, inputs_embeds, "decoder_")
         if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
+            # A plain cache is for the target alone; the source's keys and values need one of their own.
+            past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
+        past_length: Any = 0 if past_key_values is None else past_key_values.get_seq_length()
         length = embeds.shape[1]
-        # A static cache counts on the device, where a comparison would wait for it; its own size is checked instead.
         if isinstance(past_length, int):
             self._check_length(past_length + length)
+        else:
+            # A static cache counts on the device, where a comparison would wait for it; its size must fit instead.
+            self._check_length(past_key_values.self_attention_cache.layers[0].get_max_length())
         has_padding_mask = attention_mask is not None and attention_mask.dim() == 2
         if has_padding_mask and token_mask is None:
             token_mask = attention_mask[:, -length:].bool()
@@ -1090,14 +1095,11 @@ class SparseqDecoder(SparseqStack):
             else:
                 position_ids = (torch.arange(length, device=embeds.device) + past_length)[None]
         hidden_states, rotary = self._add_positions(embeds, position_ids)
-        self_cache = past_key_values
-        if isinstance(past_key_values, EncoderDecoderCache):
-            self_cache = past_key_values.self_attention_cache
         layer_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
-            past_key_values=self_cache,
+            past_key_values=None if past_key_values is None else past_key_values.self_attention_cache,
         )
         encoder_mask = create_bidirectional_mask(
             config=self.config,
@@ -1167,7 +1169,8 @@ class SparseqModel(SparseqPreTrainedModel):
         """
         Args:
             input_ids: Source `(B, S)`.
-            attention_mask: `(B, S)`, 0 for padding; derived from `pad_token_id` when absent.
+            attention_mask: `(B, S)`, 0 for padding; derived from `pad_token_id` when absent. A prepared mask must be
+                `(B, 1, 1, S)`, since cross-attention reads it too.
             decoder_input_ids: Target so far `(B, T)`.
             decoder_attention_mask: `(B, cached + T)`, 0 for padding.
             encoder_outputs: The encoder's output, or a tuple that begins with its last hidden state, computed
@@ -1309,7 +1312,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         if config.tie_word_embeddings:
             source = "shared" if config.share_encoder_decoder_embeddings else "decoder.embed_tokens"
             self._tied_weights_keys = {"lm_head.weight": f"model.{source}.weight"}
-        # The library's default for this class name shifts the labels once more.
+        # For callers of `model.loss_function`: the library's default for this class name would shift labels once more.
         self.loss_type = "ForMaskedLM"
         limit = config.max_position_embeddings or DEFAULT_MAX_LENGTH
         self.generation_config = GenerationConfig.from_model_config(config)
@@ -1500,7 +1503,9 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
             attention_mask = torch.ones(source.shape[:2], device=source.device)
         balance_coef = self.config.router_aux_loss_coef if self.config.router_balancing == "aux_loss" else 0.0
         for stack, mask in (("encoder", attention_mask.bool()), ("decoder", target_mask)):
-            logits, indices = outputs[f"{stack}_router_logits"], outputs[f"{stack}_router_indices"]
+            # Absent for an encoder whose output was given.
+            logits = getattr(outputs, f"{stack}_router_logits")
+            indices = getattr(outputs, f"{stack}_router_indices")
             if not logits or not indices:
                 continue
             scores = self.routers(stack)[0].scores
@@ -1512,8 +1517,9 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
 
     def _count_experts(self, outputs: SparseqModelOutput) -> None:
         for stack in ("encoder", "decoder"):
-            for router, indices in zip(self.routers(stack), outputs[f"{stack}_router_indices"] or (), strict=False):
-                router.count(indices)
+            indices = getattr(outputs, f"{stack}_router_indices") or ()
+            for router, chosen in zip(self.routers(stack), indices, strict=False):
+                router.count(chosen)
 
 
 def _until_last_label(labels: torch.Tensor) -> torch.Tensor:
@@ -1522,9 +1528,12 @@ def _until_last_label(labels: torch.Tensor) -> torch.Tensor:
 
 
 def _as_divisor(num_items_in_batch: torch.Tensor | int | None, labels: torch.Tensor) -> torch.Tensor | int:
+    # At least 1: an update without a single label costs nothing, and is no NaN.
     if num_items_in_batch is None:
-        return labels.ne(-100).sum().clamp(min=1)
-    return num_items_in_batch.to(labels.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
+        num_items_in_batch = labels.ne(-100).sum()
+    if torch.is_tensor(num_items_in_batch):
+        return num_items_in_batch.to(labels.device).clamp(min=1)
+    return max(num_items_in_batch, 1)
 
 
 __all__ = ["SparseqEncoderModel", "SparseqForConditionalGeneration", "SparseqModel", "SparseqPreTrainedModel"]

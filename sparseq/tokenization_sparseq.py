@@ -7,7 +7,7 @@ gives the same ids where this package is not installed: `AutoTokenizer` then loa
 import re
 from collections.abc import Iterable
 
-from transformers import AddedToken, PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _LANGUAGE = re.compile(r"[A-Za-z][A-Za-z0-9]*(?:[-_][A-Za-z0-9]+)*")
 _LANGUAGE_TAG = re.compile(rf"<2({_LANGUAGE.pattern})>")
@@ -31,6 +31,13 @@ def language_tag(language: str) -> str:
             "a letter, such as 'de', 'pt-BR' or 'zho_Hans' (the tag is then '<2de>', '<2pt-BR>', '<2zho_Hans>')."
         )
     return f"<2{language}>"
+
+
+def source_prefix(tokenizer: PreTrainedTokenizerBase, language: str) -> str:
+    """What a source text to be translated into `language` begins with: the tag and a blank, or nothing where the
+    tokenizer has no such tag."""
+    tag = language_tag(language)
+    return f"{tag} " if tag in tokenizer.get_vocab() else ""
 
 
 class SparseqTokenizer(PreTrainedTokenizerFast):

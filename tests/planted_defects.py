@@ -3,7 +3,8 @@
     python tests/planted_defects.py                 # all, about half a minute each on 2 cores
     python tests/planted_defects.py "head not tied" # one
 
-Prints the test that noticed each defect, and exits with status 1 if a defect went unnoticed.
+Prints the test that noticed each defect, and exits with status 1 if a defect went unnoticed, 2 if the tests
+fail with nothing planted.
 """
 
 import argparse
@@ -101,8 +102,8 @@ DEFECTS = [
     Defect("gate and up exchanged", "gate, up = gate_up.chunk(2, dim=-1)", "up, gate = gate_up.chunk(2, dim=-1)"),
     Defect(
         "loss a mean of micro-batch means",
-        "return num_items_in_batch.to(labels.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch",
-        "return labels.ne(-100).sum().clamp(min=1)",
+        "    if num_items_in_batch is None:\n        num_items_in_batch = labels",
+        "    if True:\n        num_items_in_batch = labels",
     ),
     Defect(
         "router losses not weighted by sentence",
@@ -137,16 +138,17 @@ DEFECTS = [
 ]
 
 
-def noticed_by(defect: Defect) -> str | None:
-    """Name of the first test that fails with the defect planted, or None."""
+def noticed_by(defect: Defect | None) -> str | None:
+    """Name of the first test that fails with the defect planted, or with nothing changed; None if all pass."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "clone"
         for part in ("sparseq", "tests", "recipes"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "model_card.md"):
             shutil.copy(ROOT / name, copy / name)
-        path = copy / defect.file
-        path.write_text(path.read_text("utf-8").replace(defect.old, defect.new), "utf-8")
+        if defect is not None:
+            path = copy / defect.file
+            path.write_text(path.read_text("utf-8").replace(defect.old, defect.new), "utf-8")
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "2", "--no-header", "-p", "no:cacheprovider"]
         environment = {**os.environ, "PYTHONPATH": str(copy), "HF_HUB_OFFLINE": "1"}
         done = subprocess.run([*command, *_SUITE], cwd=copy, env=environment, capture_output=True, text=True)
@@ -154,7 +156,7 @@ def noticed_by(defect: Defect) -> str | None:
         return None
     found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, flags=re.MULTILINE)
     if found is None:
-        raise RuntimeError(f"pytest did not run with '{defect.name}':\n{done.stdout}\n{done.stderr}")
+        raise RuntimeError(f"pytest did not run with {defect}:\n{done.stdout}\n{done.stderr}")
     return found[1]
 
 
@@ -166,6 +168,11 @@ def main() -> int:
     unknown = set(args.names) - {defect.name for defect in DEFECTS}
     if unknown:
         parser.error(f"no such defect: {', '.join(sorted(unknown))}; there are: {', '.join(d.name for d in DEFECTS)}")
+    # A suite that is red already would notice everything.
+    broken = noticed_by(None)
+    if broken is not None:
+        print(f"{broken} fails with nothing planted; mend that first")
+        return 2
     unnoticed = 0
     for defect in DEFECTS:
         if args.names and defect.name not in args.names:

@@ -46,19 +46,18 @@ def run(args: argparse.Namespace) -> int:
     import sparseq  # noqa: F401  # registers the model type with the Auto classes
     from sparseq.data.parallel import read_parallel
     from sparseq.metrics import translation_scores
-    from sparseq.tokenization_sparseq import language_tag
+    from sparseq.tokenization_sparseq import source_prefix
     from sparseq.training.evaluation import translate_batchwise
 
     # Everything that can be wrong with the data is reported before the model is loaded.
     text = read_parallel(args.data, args.split, args.source, args.target, drop_empty=False)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForSeq2SeqLM.from_pretrained(args.model)
-    tag = language_tag(args.target)
     translations = translate_batchwise(
         model,
         tokenizer,
         text.sources,
-        prefix=f"{tag} " if tag in tokenizer.get_vocab() else "",
+        prefix=source_prefix(tokenizer, args.target),
         batch_tokens=args.batch_tokens,
         progress=True,
         **({"num_beams": args.beams} if args.beams else {}),

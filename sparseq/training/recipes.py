@@ -275,7 +275,14 @@ def build_recipe(name: str, tree: Mapping[str, Any]) -> Recipe:
         seed=seed,
         **sections,
     )
-    recipe.model_config()
+    config = recipe.model_config()
+    longest = max(recipe.data.max_length, recipe.decoding.max_length)
+    limit = config.max_position_embeddings
+    if config.position_embedding_type == "learned" and limit is not None and longest > limit:
+        raise ValueError(
+            f"{where}: learned positions end at `model.max_position_embeddings` ({limit}), but "
+            f"`data.max_length` is {recipe.data.max_length} and `decoding.max_length` {recipe.decoding.max_length}"
+        )
     return recipe
 
 

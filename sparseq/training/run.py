@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -28,7 +29,7 @@ import sparseq
 from sparseq.data.collation import PairCollator, TokenizedPairs, tokenize_pairs
 from sparseq.data.parallel import ParallelReport, ParallelText, read_parallel
 from sparseq.metrics import translation_scores
-from sparseq.tokenization_sparseq import language_tag
+from sparseq.tokenization_sparseq import source_prefix
 from sparseq.training.allocator import keep_freed_memory
 from sparseq.training.averaging import average_checkpoints, complete_checkpoints
 from sparseq.training.evaluation import translate_batchwise
@@ -38,6 +39,7 @@ from sparseq.training.trainer import SparseqTrainer, SparseqTrainingArguments
 RESULTS_FILE = "results.json"
 MANIFEST_FILE = "manifest.json"
 _RECIPE_FILE = "recipe.json"
+_TEXT_FILE = "text.json"
 _VERSIONED = ("torch", "transformers", "accelerate", "tokenizers", "sacrebleu")
 _CHECKPOINTS = "checkpoints"
 _TOKENIZER = "tokenizer"
@@ -112,6 +114,8 @@ def train(
             _prepare_output(recipe, output_dir, resume=resume)
         data = locate_data(recipe, output_dir)
         texts = read_splits(data)
+        if state.is_main_process:
+            _check_same_text(output_dir, texts, data)
     scored = texts[data.test or data.validation]
     say = print if progress and state.is_main_process else _silent
     for text in texts.values():
@@ -122,7 +126,9 @@ def train(
     with watch.part("tokenization"):
         pairs, reports = _tokenize(recipe, data, texts, tokenizer)
     set_seed(recipe.seed)
-    model = AutoModelForSeq2SeqLM.from_config(recipe.model_config(len(tokenizer)))
+    config = recipe.model_config(len(tokenizer))
+    _check_special_tokens(tokenizer, config)
+    model = AutoModelForSeq2SeqLM.from_config(config)
     model.generation_config = _generation_config(recipe, model)
     say(f"model: {model.num_parameters():,} parameters, {model.config.num_parameters(active=True):,} active per token")
 
@@ -140,7 +146,8 @@ def train(
         validation_loss = _load_average(trainer, recipe, output_dir / _CHECKPOINTS)
     state.wait_for_everyone()
     with watch.part("decoding"):
-        translations = _translate(model, tokenizer, scored, recipe, data, progress=progress)
+        shows = progress and state.is_main_process
+        translations = _translate(model, tokenizer, scored, recipe, data, progress=shows)
     scores = translation_scores(translations, scored.targets, bootstrap=bootstrap)
     result = TrainResult(
         output_dir, scores, validation_loss, steps, watch.finish(), scored.sources, scored.targets, translations
@@ -201,15 +208,58 @@ def _prepare_output(recipe: Recipe, output_dir: Path, *, resume: bool) -> None:
                 f"{output_dir} holds a run of another recipe: {', '.join(different)}. Give another output folder, or "
                 "start over with --no-resume, which deletes that run's checkpoints."
             )
+        if different:
+            # Killed before its first checkpoint; its tokenizer and corpus are not this recipe's.
+            _delete_run(output_dir)
     elif note.is_file():
-        for name in (_CHECKPOINTS, _TOKENIZER, _GENERATED_DATA):
-            shutil.rmtree(output_dir / name, ignore_errors=True)
+        _delete_run(output_dir)
     elif output_dir.is_dir() and any((output_dir / name).exists() for name in (_CHECKPOINTS, _TOKENIZER)):
         raise ValueError(
             f"{output_dir} holds checkpoints or a tokenizer of another program. Give another output folder."
         )
     output_dir.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+
+
+def _delete_run(output_dir: Path) -> None:
+    for name in (_CHECKPOINTS, _TOKENIZER, _GENERATED_DATA):
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+    (output_dir / _TEXT_FILE).unlink(missing_ok=True)
+
+
+def _check_same_text(output_dir: Path, texts: dict[str, ParallelText], data: DataRecipe) -> None:
+    """Refuse to continue on other text than the tokenizer and the checkpoints were made from; else note its hashes."""
+    note = output_dir / _TEXT_FILE
+    wanted = {split: texts[split].report.files for split in (data.train, data.validation)}
+    has_work = (output_dir / _TOKENIZER).is_dir() or bool(complete_checkpoints(output_dir / _CHECKPOINTS))
+    if has_work and note.is_file():
+        found = json.loads(note.read_text(encoding="utf-8"))
+        # By hash alone: the same text may lie elsewhere now.
+        changed = [
+            split for split in wanted if sorted(found.get(split, {}).values()) != sorted(wanted[split].values())
+        ]
+        if changed:
+            raise ValueError(
+                f"{output_dir} holds a run on other text: the files of {', '.join(changed)} in {data.folder} have "
+                "changed or are others. Give another output folder, or start over with --no-resume."
+            )
+    _write_json(note, wanted)
+
+
+def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Refuse a tokenizer whose special tokens are not the model's; only one given by `tokenizer.path` can differ."""
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(tokenizer, name) != getattr(config, name):
+            raise ValueError(
+                f"`tokenizer.path` names a tokenizer whose `{name}` is {getattr(tokenizer, name)}, but a recipe's "
+                f"model has {getattr(config, name)}. Train one with `sparseq train-tokenizer`, or leave the path out."
+            )
+    ends = tokenizer("a")["input_ids"]
+    if not ends or ends[-1] != config.eos_token_id:
+        raise ValueError(
+            "`tokenizer.path` names a tokenizer that does not put its end-of-sentence token behind a text, so the "
+            "model would never learn to stop. Train one with `sparseq train-tokenizer`, or leave the path out."
+        )
 
 
 def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -257,16 +307,10 @@ def _load_or_train_tokenizer(
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _source_prefix(tokenizer: PreTrainedTokenizerBase, data: DataRecipe) -> str:
-    """The tag of the target language and a blank, or nothing where the tokenizer has no such tag."""
-    assert data.target is not None
-    tag = language_tag(data.target)
-    return f"{tag} " if tag in tokenizer.get_vocab() else ""
-
-
 def _tokenize(
     recipe: Recipe, data: DataRecipe, texts: dict[str, ParallelText], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[str, TokenizedPairs], dict[str, ParallelReport]]:
+    assert data.target is not None
     limit = min(data.max_length, recipe.training.tokens_per_batch // 2)
     pairs, reports = {}, {name: text.report for name, text in texts.items()}
     for split in dict.fromkeys([data.train, data.validation]):
@@ -275,7 +319,7 @@ def _tokenize(
             texts[split],
             max_length=limit,
             drop_long=split == data.train,
-            source_prefix=_source_prefix(tokenizer, data),
+            source_prefix=source_prefix(tokenizer, data.target),
         )
     return pairs, reports
 
@@ -362,11 +406,12 @@ def _translate(
     *,
     progress: bool,
 ) -> list[str]:
+    assert data.target is not None
     return translate_batchwise(
         model,
         tokenizer,
         text.sources,
-        prefix=_source_prefix(tokenizer, data),
+        prefix=source_prefix(tokenizer, data.target),
         batch_tokens=recipe.decoding.batch_tokens,
         max_source_length=data.max_length,
         progress=progress,

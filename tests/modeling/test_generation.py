@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
 from sparseq import SparseqForConditionalGeneration
 from tests.tiny import PAD, source_batch, tiny_model
@@ -33,6 +33,21 @@ def test_cached_decoding_equals_uncached_in_a_padded_batch(model: Any, implement
     assert len(expected[:, 1:].unique()) > 5, "a test of equal constants would show nothing"
     assert torch.equal(model.generate(ids, **GREEDY), expected)
     assert torch.equal(model.generate(ids, cache_implementation="static", **GREEDY), expected)
+
+
+@pytest.mark.parametrize("kind", ["bare", "pair"])
+def test_a_cache_that_is_handed_in_is_used(model: Any, kind: str) -> None:
+    ids = source_batch()
+    expected = model.generate(ids, **GREEDY)
+    given = DynamicCache() if kind == "bare" else EncoderDecoderCache(DynamicCache(), DynamicCache())
+    steps = [model.config.decoder_start_token_id]
+    tokens = torch.full((3, 1), steps[0])
+    cache = given
+    for _ in range(GREEDY["max_new_tokens"]):
+        output = model(input_ids=ids, decoder_input_ids=tokens[:, -1:], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        tokens = torch.cat([tokens, output.logits[:, -1:].argmax(dim=-1)], dim=1)
+    assert torch.equal(tokens, expected)
 
 
 def test_beam_search_cached_equals_uncached(model: Any) -> None:

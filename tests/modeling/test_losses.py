@@ -68,12 +68,26 @@ def test_a_loop_that_knows_no_count_gets_the_mean() -> None:
     assert torch.equal(alone, model(input_ids=ids, labels=labels, num_items_in_batch=int(labels.ne(-100).sum())).loss)
 
 
-def test_labels_without_a_single_token_cost_nothing() -> None:
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0)])
+def test_labels_without_a_single_token_cost_nothing(count: Any) -> None:
     model = tiny_model().train()
     labels = torch.full((2, 4), -100)
-    loss = model(input_ids=source_batch((5, 4)), labels=labels).loss
+    loss = model(input_ids=source_batch((5, 4)), labels=labels, num_items_in_batch=count).loss
     loss.backward()
     assert loss.item() == 0
+
+
+@pytest.mark.parametrize("balancing", ["aux_loss", "loss_free"])
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_training_goes_on_from_given_encoder_outputs(balancing: str, as_tuple: bool) -> None:
+    model, ids, labels = tiny_model(router_balancing=balancing).train(), source_batch(), label_batch()
+    states = model.get_encoder()(ids)
+    output = model(input_ids=ids, encoder_outputs=(states[0],) if as_tuple else states, labels=labels)
+    whole = model(input_ids=ids, labels=labels)
+    assert_close(output.logits, whole.logits, torch.float32)
+    assert output.encoder_aux_loss is None, "nothing is known of the encoder's routing"
+    assert_close(output.decoder_aux_loss, whole.decoder_aux_loss, torch.float32)
+    output.loss.backward()
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])

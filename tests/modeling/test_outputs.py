@@ -79,11 +79,22 @@ def test_learned_positions_refuse_an_input_that_is_too_long(side: str) -> None:
         model(**inputs)
 
 
-def test_learned_positions_refuse_to_generate_past_their_table() -> None:
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
+def test_learned_positions_refuse_to_generate_past_their_table(cache: dict[str, Any]) -> None:
     model = tiny_model(position_embedding_type="learned", max_position_embeddings=8)
     model.generation_config.eos_token_id = None
-    with pytest.raises(ValueError, match="has 9 tokens"):
-        model.generate(source_batch((4, 4)), max_new_tokens=20)
+    assert model.generate(source_batch((4, 4)), max_new_tokens=8, **cache).shape == (2, 9)
+    with pytest.raises(ValueError, match=r"has \d+ tokens.*`max_position_embeddings` = 8"):
+        model.generate(source_batch((4, 4)), max_new_tokens=20, **cache)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_prepared_mask_hides_what_a_flat_one_hides(implementation: str) -> None:
+    model, ids = tiny_model(position_embedding_type="rotary", num_experts=0), source_batch()
+    model.set_attn_implementation(implementation)
+    expected = model(input_ids=ids, decoder_input_ids=ids).logits
+    for mask in (ids.ne(0)[:, None, None], (ids.eq(0)[:, None, None] * -1e9)):
+        assert_close(model(input_ids=ids, attention_mask=mask, decoder_input_ids=ids).logits, expected, torch.float32)
 
 
 @pytest.mark.parametrize("position", ["sinusoidal", "rotary", "none"])

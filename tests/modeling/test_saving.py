@@ -1,5 +1,7 @@
 """Saving and loading: every class from every folder, in low memory, in other types, on mapped devices."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +145,22 @@ def test_weights_are_stored_once_and_only_as_safetensors(saved: Any) -> None:
     assert "model.shared.weight" in names
     assert "model.encoder.embed_tokens.weight" not in names
     assert ("lm_head.weight" in names) != model.config.tie_word_embeddings
+
+
+def test_a_model_made_on_the_meta_device_takes_weights_by_assignment(saved: Any) -> None:
+    model, _ = saved
+    with torch.device("meta"):
+        empty = SparseqForConditionalGeneration(model.config)
+    empty.load_state_dict(model.state_dict(), assign=True)
+    empty.tie_weights()
+    check_ties(empty)
+    # Nothing is left behind on the meta device: positions are computed, not stored.
+    assert not any(tensor.is_meta for tensor in [*empty.parameters(), *empty.buffers()])
+    assert torch.equal(logits(empty.eval()), logits(model))
+
+
+def test_copies_and_pickles_work_alike(saved: Any) -> None:
+    model, _ = saved
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        check_ties(twin)
+        assert torch.equal(logits(twin), logits(model))

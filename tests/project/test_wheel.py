@@ -107,7 +107,24 @@ def test_package_and_resources_come_from_the_wheel(installed: Run) -> None:
     [
         pytest.param("sparseq --version", f"sparseq {sparseq.__version__} (", id="version"),
         pytest.param("python -m sparseq --help", "usage: sparseq", id="help"),
+        pytest.param("sparseq train --list", "transformer-base-2017", id="recipes"),
+        pytest.param(
+            "sparseq demo --quick --output demo", "transformers alone, trust_remote_code=True: the same", id="demo"
+        ),
     ],
 )
 def test_command_runs_from_the_wheel(command: str, printed: str, installed: Run) -> None:
     assert printed in installed(*command.split()).stdout
+
+
+def test_a_recipe_by_name_trains_from_the_wheel(installed: Run) -> None:
+    changes = "data.generated_pairs=300 data.source=en data.target=de tokenizer.vocab_size=700 decoding.max_length=20"
+    changes += " training.max_steps=2 training.save_steps=1 training.eval_steps=0 decoding.num_beams=1"
+    done = installed("sparseq", "train", "tiny-sparse", *changes.split(), "--output", "tiny")
+    assert "The model is in tiny." in done.stdout
+    code = (
+        "import sparseq, torch; from transformers import AutoModelForSeq2SeqLM;"
+        "model = AutoModelForSeq2SeqLM.from_pretrained('tiny');"
+        "print(model.config.num_experts, model.generate(torch.tensor([[5, 2]]), max_new_tokens=2).shape)"
+    )
+    assert installed("python", "-c", code).stdout.startswith("8 torch.Size([1, ")
