@@ -16,7 +16,8 @@ _SINGLE = "model.safetensors"
 def complete_checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints of a `Trainer` run that were saved whole, oldest first.
 
-    `Trainer` writes `trainer_state.json` last, so a save that was cut short lacks it or holds half of it.
+    `Trainer` writes `trainer_state.json` last, so a save that was cut short lacks it or holds half of it. A folder
+    without weights is not whole either.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -74,7 +75,7 @@ def _is_complete(checkpoint: Path) -> bool:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return True
+    return (checkpoint / _SINGLE).is_file() or (checkpoint / _INDEX).is_file()
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

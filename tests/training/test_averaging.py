@@ -44,6 +44,7 @@ def test_only_complete_saves_count_in_numeric_order(tmp_path: Path) -> None:
     _checkpoint(tmp_path, 200, tensors, state=None)
     _checkpoint(tmp_path, 300, tensors, state='{"global_step": 3')
     (tmp_path / "checkpoint-x").mkdir()
+    (_checkpoint(tmp_path, 400, tensors) / "model.safetensors").unlink()
     names = [path.name for path in complete_checkpoints(tmp_path)]
     assert names == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
     assert complete_checkpoints(tmp_path / "absent") == []
