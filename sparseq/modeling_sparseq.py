@@ -1315,7 +1315,6 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         # For callers of `model.loss_function`: the library's default for this class name would shift labels once more.
         self.loss_type = "ForMaskedLM"
         limit = config.max_position_embeddings or DEFAULT_MAX_LENGTH
-        self.generation_config = GenerationConfig.from_model_config(config)
         self.generation_config.max_length = min(DEFAULT_MAX_LENGTH, limit)
         self.post_init()
 
@@ -1423,7 +1422,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         target_mask = None
         if routes:
             is_2d = decoder_attention_mask is not None and decoder_attention_mask.dim() == 2
-            target_mask = decoder_attention_mask.bool() if is_2d else _until_last_label(labels)
+            target_mask = decoder_attention_mask.bool() if is_2d else until_last_label(labels)
 
         outputs = self.model(
             input_ids=input_ids,
@@ -1522,7 +1521,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
                 router.count(chosen)
 
 
-def _until_last_label(labels: torch.Tensor) -> torch.Tensor:
+def until_last_label(labels: torch.Tensor) -> torch.Tensor:
     """Mask `(B, T)` of the positions up to each row's last label: in a causal decoder the loss sees no others."""
     return labels.ne(-100).flip(1).cumsum(dim=1).flip(1).bool()
 

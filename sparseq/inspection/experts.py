@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from sparseq.modeling_sparseq import SparseqPreTrainedModel, shift_tokens_right
+from sparseq.modeling_sparseq import SparseqPreTrainedModel, shift_tokens_right, until_last_label
 
 Stack = Literal["encoder", "decoder"]
 
@@ -131,8 +131,8 @@ def _target(model: SparseqPreTrainedModel, batch: Mapping[str, torch.Tensor]) ->
     if mask is not None:
         return decoder_input_ids, mask.bool()
     assert labels is not None
-    # Up to each row's last label: a label in the middle may be masked out, its position is a token all the same.
-    return decoder_input_ids, labels.ne(-100).flip(1).cumsum(dim=1).flip(1).bool()
+    # A label in the middle may be masked out; its position is a token all the same.
+    return decoder_input_ids, until_last_label(labels)
 
 
 def _add_stack(
