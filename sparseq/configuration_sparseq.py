@@ -102,6 +102,8 @@ class SparseqConfig(PreTrainedConfig):
         "encoder_hidden_states",
         "encoder_router_logits",
         "decoder_router_logits",
+        "encoder_router_indices",
+        "decoder_router_indices",
         "encoder_aux_loss",
         "decoder_aux_loss",
         "encoder_z_loss",

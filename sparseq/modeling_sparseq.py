@@ -101,13 +101,16 @@ class SparseqSeq2SeqLMOutput(Seq2SeqLMOutput):
     Output of `SparseqForConditionalGeneration`: the library's fields, and
 
     Args:
-        encoder_router_logits, decoder_router_logits: As in `SparseqModelOutput`.
+        encoder_router_logits, decoder_router_logits, encoder_router_indices, decoder_router_indices: As in
+            `SparseqModelOutput`.
         encoder_aux_loss, decoder_aux_loss: Load-balancing loss of the stack before its coefficient, a scalar.
         encoder_z_loss, decoder_z_loss: Router z-loss of the stack before its coefficient, a scalar.
     """
 
     encoder_router_logits: tuple[torch.Tensor, ...] | None = None
     decoder_router_logits: tuple[torch.Tensor, ...] | None = None
+    encoder_router_indices: tuple[torch.Tensor, ...] | None = None
+    decoder_router_indices: tuple[torch.Tensor, ...] | None = None
     encoder_aux_loss: torch.Tensor | None = None
     decoder_aux_loss: torch.Tensor | None = None
     encoder_z_loss: torch.Tensor | None = None
@@ -1388,6 +1391,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         skip_logits: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         output_router_logits: bool | None = None,
+        output_router_indices: bool = False,
         **kwargs: Any,
     ) -> SparseqSeq2SeqLMOutput:
         """
@@ -1397,6 +1401,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
             num_items_in_batch: Label tokens of the whole optimizer step, over which the loss is averaged; Trainer
                 passes it. When absent: those of `labels`.
             output_router_logits: Return router logits and the auxiliary losses also in evaluation.
+            output_router_indices: Return the chosen experts.
 
         The others are those of `SparseqModel.forward`.
 
@@ -1438,7 +1443,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
             # In evaluation every target token keeps its experts: its logits may be read even without a label.
             decoder_token_mask=target_mask if self.training else None,
             output_router_logits=output_router_logits or needs_losses,
-            output_router_indices=needs_losses or needs_counts,
+            output_router_indices=output_router_indices or needs_losses or needs_counts,
             **kwargs,
         )
         if needs_counts:
@@ -1464,6 +1469,8 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
             encoder_attentions=outputs.encoder_attentions,
             encoder_router_logits=outputs.encoder_router_logits if output_router_logits else None,
             decoder_router_logits=outputs.decoder_router_logits if output_router_logits else None,
+            encoder_router_indices=outputs.encoder_router_indices if output_router_indices else None,
+            decoder_router_indices=outputs.decoder_router_indices if output_router_indices else None,
         )
         if needs_losses:
             self._add_router_losses(result, outputs, labels, attention_mask, target_mask, num_items_in_batch)
