@@ -7,9 +7,13 @@ Shapes: B batch, S source length, T target length, L length of either, H hidden 
 head, E experts, K experts per token, F inner width of one expert, N tokens (B * L), V vocabulary.
 """
 
+import ctypes
+import functools
 import math
+import mmap
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +21,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -34,6 +39,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import can_return_tuple, is_torchdynamo_compiling, logging
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_sparseq import SparseqConfig
@@ -45,6 +51,9 @@ Routing = tuple[torch.Tensor, torch.Tensor] | None
 
 # generate() would otherwise stop at 20 tokens; long enough for a sentence or a summary.
 DEFAULT_MAX_LENGTH = 256
+
+# Bytes from which an allocation is worth a system call that asks for huge pages.
+_HUGE_ALLOCATION = 4 << 20
 
 # What every saved folder holds besides configuration and weights, so that it loads without this package.
 CODE_FILES = ("configuration_sparseq.py", "modeling_sparseq.py")
@@ -420,6 +429,84 @@ class SparseqRouter(nn.Module):
         self.expert_counts = counts if self.expert_counts is None else self.expert_counts + counts
 
 
+def _new_weight_gradient(weight: torch.Tensor) -> torch.Tensor:
+    """
+    Uninitialised memory for the gradient `(E, O, I)` of stacked experts on the CPU.
+
+    All experts' gradients are written even where few tokens take part, and by default every step gets that memory
+    anew from the system, page by page, at up to half the layer's cost. Linux gives it in huge pages to who asks.
+    """
+    gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    size = gradient.numel() * gradient.element_size()
+    if sys.platform == "linux" and size >= _HUGE_ALLOCATION:
+        page = mmap.PAGESIZE
+        start = -(-gradient.data_ptr() // page) * page
+        end = (gradient.data_ptr() + size) // page * page
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
+    return gradient
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+class _LoopOverGroups(torch.autograd.Function):
+    """
+    `grouped_linear` on the CPU: one product for each group that has rows, written in place, forward and backward.
+
+    Takes every size and type, and spares what a composition of operators would add: passes over the outputs that
+    clear the tail, and copies of biases for each row.
+    """
+
+    @staticmethod
+    def forward(
+        inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor
+    ) -> torch.Tensor:
+        outputs = inputs.new_empty(inputs.shape[0], weight.shape[1])
+        start = 0
+        for group, end in enumerate(ends.tolist()):
+            if end > start:
+                rows = slice(start, end)
+                if bias is None:
+                    torch.mm(inputs[rows], weight[group].t(), out=outputs[rows])
+                else:
+                    torch.addmm(bias[group], inputs[rows], weight[group].t(), out=outputs[rows])
+            start = end
+        outputs[start:].zero_()
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        rows, weight, bias, ends = inputs
+        ctx.save_for_backward(rows, weight, bias, ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs, weight, bias, ends = ctx.saved_tensors
+        of_inputs, of_weight, of_bias, _ = ctx.needs_input_grad
+        grad = grad.contiguous()
+        grad_inputs = torch.empty_like(inputs) if of_inputs else None
+        grad_weight = _new_weight_gradient(weight) if of_weight else None
+        grad_bias = torch.zeros_like(bias) if of_bias else None
+        start = 0
+        for group, end in enumerate(ends.tolist()):
+            rows = slice(start, end)
+            if grad_weight is not None and end == start:
+                grad_weight[group].zero_()
+            elif grad_weight is not None:
+                torch.mm(grad[rows].t(), inputs[rows], out=grad_weight[group])
+            if grad_inputs is not None and end > start:
+                torch.mm(grad[rows], weight[group], out=grad_inputs[rows])
+            if grad_bias is not None:
+                torch.sum(grad[rows], dim=0, out=grad_bias[group])
+            start = end
+        if grad_inputs is not None:
+            grad_inputs[start:].zero_()
+        return grad_inputs, grad_weight, grad_bias, None
+
+
 def _can_use_grouped_mm(weight: torch.Tensor) -> bool:
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
@@ -431,27 +518,40 @@ def _can_use_grouped_mm(weight: torch.Tensor) -> bool:
     return all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
 
 
-def grouped_linear(inputs: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def grouped_linear(
+    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: torch.Tensor, ends: torch.Tensor
+) -> torch.Tensor:
     """
     One linear map for each group of rows.
 
     Args:
         inputs: `(M, I)`, rows sorted by group.
         weight: `(E, O, I)`.
+        bias: `(E, O)` or None.
+        groups: `(M,)`, each row's group; rows of group E belong to none.
         ends: `(E,)` int32, the row at which each group ends.
 
     Returns:
-        `(M, O)`. Rows at and after `ends[-1]` hold anything, also in the gradient of `inputs`.
+        `(M, O)`. Rows at and after `ends[-1]` are zero, and so is their gradient.
     """
     device_type = inputs.device.type
     if torch.is_autocast_enabled(device_type):
         weight = weight.to(torch.get_autocast_dtype(device_type))
     inputs = inputs.to(weight.dtype)
-    transposed = weight.transpose(-2, -1)
+    bias = None if bias is None else bias.to(weight.dtype)
+    if device_type == "cpu" and not is_tracing(inputs):
+        return _LoopOverGroups.apply(inputs, weight, bias, ends)
+    is_tail = (groups >= weight.shape[0])[:, None]
+    # Filled going in as well, because the kernel leaves the tail of the gradient as the memory was.
+    inputs, transposed = inputs.masked_fill(is_tail, 0.0), weight.transpose(-2, -1)
     if _can_use_grouped_mm(weight):
-        return F.grouped_mm(inputs, transposed, offs=ends)
-    # The library's operator loops over the groups: any size and type, and opaque to the compiler.
-    return torch.ops.transformers.grouped_mm_fallback(inputs, transposed, ends)
+        outputs = F.grouped_mm(inputs, transposed, offs=ends)
+    else:
+        # The library's operator loops over the groups: any size and type, and opaque to the compiler.
+        outputs = torch.ops.transformers.grouped_mm_fallback(inputs, transposed, ends)
+    if bias is not None:
+        outputs = outputs + bias[groups.clamp(max=weight.shape[0] - 1)]
+    return outputs.masked_fill(is_tail, 0.0)
 
 
 def sorted_experts_forward(
@@ -459,8 +559,8 @@ def sorted_experts_forward(
 ) -> torch.Tensor:
     """
     Experts over tokens sorted by expert (dropless, as in arXiv 2211.15841): two grouped matrix products, no capacity,
-    no data-dependent shape and no host synchronisation. Padding, with expert index E, sorts to the tail, which no
-    group covers.
+    no copy of an expert's weights for a token, and off the CPU no data-dependent shape and no host synchronisation.
+    Padding, with expert index E, sorts to the tail, which no group covers.
 
     Args:
         hidden_states: `(N, H)`.
@@ -471,30 +571,17 @@ def sorted_experts_forward(
         `(N, H)`.
     """
     tokens, top_k = top_k_index.shape
-    experts, order = top_k_index.flatten().sort(stable=True)
-    ends = torch.searchsorted(
-        experts, torch.arange(self.num_experts, device=experts.device), right=True, out_int32=True
-    )
-    is_padding = (experts >= self.num_experts)[:, None]
-    # Filled going in, so that the tail of the gradient, which the kernel leaves as it was, comes back as zero.
-    inputs = hidden_states[order // top_k].masked_fill(is_padding, 0.0)
-
-    def add_bias(outputs: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        rows = bias[experts.clamp(max=self.num_experts - 1)].masked_fill(is_padding, 0.0)
-        return outputs.masked_fill(is_padding, 0.0) + rows
-
-    inner = grouped_linear(inputs, self.gate_up_proj if self.has_gate else self.up_proj, ends)
-    if self.has_bias:
-        inner = add_bias(inner, self.gate_up_proj_bias if self.has_gate else self.up_proj_bias)
+    groups, order = top_k_index.flatten().sort(stable=True)
+    ends = torch.searchsorted(groups, torch.arange(self.num_experts, device=groups.device), right=True, out_int32=True)
+    weight_in, bias_in, weight_out, bias_out = self.stacked_parameters()
+    inner = grouped_linear(hidden_states[order // top_k], weight_in, bias_in, groups, ends)
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-    outputs = grouped_linear(inner, self.down_proj, ends)
-    if self.has_bias:
-        outputs = add_bias(outputs, self.down_proj_bias)
-    outputs = outputs.masked_fill(is_padding, 0.0) * top_k_weights.flatten()[order, None]
+    outputs = grouped_linear(inner, weight_out, bias_out, groups, ends)
     # The inverse permutation, then a sum over K in a fixed order: scattering with repeated indices would not be
     # deterministic on a GPU.
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-    return outputs[inverse].view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+    outputs = outputs[inverse].view(tokens, top_k, -1) * top_k_weights[..., None]
+    return outputs.sum(dim=1).to(hidden_states.dtype)
 
 
 ALL_EXPERTS_FUNCTIONS.register("sparseq", sorted_experts_forward)
@@ -528,6 +615,14 @@ class SparseqExperts(nn.Module):
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.empty(self.num_experts, rows)))
             self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, hidden))
 
+    def stacked_parameters(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of the first projections `(E, F or 2F, H)`, `(E, F or 2F)`, then of the second ones."""
+        weight = self.gate_up_proj if self.has_gate else self.up_proj
+        if not self.has_bias:
+            return weight, None, self.down_proj, None
+        bias = self.gate_up_proj_bias if self.has_gate else self.up_proj_bias
+        return weight, bias, self.down_proj, self.down_proj_bias
+
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return self.act_fn(up, gate)
@@ -536,12 +631,10 @@ class SparseqExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """The "eager" implementation: one expert after the other, over the tokens that chose it."""
-        first = self.gate_up_proj if self.has_gate else self.up_proj
-        first_bias = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias) if self.has_bias else None
-        second_bias = self.down_proj_bias if self.has_bias else None
+        first, first_bias, second, second_bias = self.stacked_parameters()
         outputs = torch.zeros_like(hidden_states)
         # unbind, because indexing a stacked parameter would make a gradient of its full size for each expert.
-        for expert, (weight_in, weight_out) in enumerate(zip(first.unbind(0), self.down_proj.unbind(0), strict=True)):
+        for expert, (weight_in, weight_out) in enumerate(zip(first.unbind(0), second.unbind(0), strict=True)):
             token, choice = torch.where(top_k_index == expert)
             inner = F.linear(hidden_states[token], weight_in, None if first_bias is None else first_bias[expert])
             inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)

@@ -48,8 +48,8 @@ DEFECTS = [
     Defect("labels shifted twice", "            labels.view(-1),\n", "            labels.roll(-1, -1).reshape(-1),\n"),
     Defect(
         "one expert never run",
-        "outputs = outputs.masked_fill(is_padding, 0.0) * top_k_weights",
-        "outputs = outputs.masked_fill(is_padding | (experts == 1)[:, None], 0.0) * top_k_weights",
+        "outputs[inverse].view(tokens, top_k, -1) * top_k_weights[..., None]",
+        "outputs[inverse].view(tokens, top_k, -1) * top_k_weights.masked_fill(top_k_index == 1, 0.0)[..., None]",
     ),
     Defect(
         "cross-attention dropped",
