@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from sparseq.data.batching import TokenBatchSampler
+from sparseq.training.callback import SparseqCallback, refuse_label_smoothing
 
 
 @dataclass
@@ -48,6 +49,7 @@ class SparseqTrainer(Seq2SeqTrainer):
     - `evaluate` averages the loss over label tokens, on length-sorted batches, keeping two numbers between batches.
       With `predict_with_generate` or `compute_metrics` it is the library's.
     - Logs carry `target_tokens_per_second`; the progress bar shows it with the loss and the time left.
+    - It has a `SparseqCallback`, or keeps the one it is given: router metrics in the logs, loss-free balancing.
 
     Raises:
         ValueError: `label_smoothing_factor` is set, which would bypass the model's own loss.
@@ -57,19 +59,17 @@ class SparseqTrainer(Seq2SeqTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.args.label_smoothing_factor:
-            raise ValueError(
-                f"`label_smoothing_factor` ({self.args.label_smoothing_factor}) would replace the model's loss and "
-                "drop its router losses. Set `label_smoothing` in the model's configuration instead."
-            )
+        # Also without experts: Trainer's smoother needs the logits that training here does not compute.
+        refuse_label_smoothing(self.args)
         self._target_tokens: torch.Tensor | int = 0
         self._logged_at = time.perf_counter()
         accepted = inspect.signature(self.accelerator.unwrap_model(self.model).forward).parameters
         self._can_skip_logits = "skip_logits" in accepted and self.compute_loss_func is None
-        self.add_callback(RouterBiasCallback())
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(TrainingProgress())
+        given = [c for c in self.callback_handler.callbacks if isinstance(c, SparseqCallback)]
+        (given[0] if given else SparseqCallback()).install(self)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> TokenBatchSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -132,7 +132,7 @@ class SparseqTrainer(Seq2SeqTrainer):
         """Cross-entropy per label token and perplexity, or the library's evaluation where it generates or has metrics.
 
         Returns:
-            `{prefix}_loss`, `{prefix}_perplexity`, `{prefix}_runtime` in seconds.
+            `{prefix}_loss`, `{prefix}_perplexity`, `{prefix}_runtime` in seconds, and what `SparseqCallback` adds.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.args.predict_with_generate or self.compute_metrics is not None or isinstance(dataset, (dict, str)):
@@ -179,22 +179,12 @@ class SparseqTrainer(Seq2SeqTrainer):
         return float(totals[0]), int(totals[1])
 
 
-class RouterBiasCallback(TrainerCallback):
-    """Moves the selection biases of `router_balancing="loss_free"` after every optimizer step.
-
-    `SparseqTrainer` has it; add it to any other `Trainer`: `Seq2SeqTrainer(..., callbacks=[RouterBiasCallback()])`.
-    """
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Call `update_router_bias` of the model, if it balances that way."""
-        model = kwargs["model"]
-        if getattr(model.config, "router_balancing", None) == "loss_free" and model.config.num_experts > 0:
-            model.update_router_bias()
-
-
-_SHOWN = (("loss", "loss", ".3f"), ("eval_loss", "val", ".3f"), ("target_tokens_per_second", "tgt tok/s", ",.0f"))
+_SHOWN = (
+    ("loss", "loss", ".3f"),
+    ("eval_loss", "val", ".3f"),
+    ("router/max_vio", "MaxVio", ".2f"),
+    ("target_tokens_per_second", "tgt tok/s", ",.0f"),
+)
 
 
 class TrainingProgress(TrainerCallback):

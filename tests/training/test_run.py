@@ -14,9 +14,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from sparseq.cli import Command, main
 from sparseq.metrics import translation_scores
 from sparseq.training.averaging import average_checkpoints, complete_checkpoints
+from sparseq.training.callback import SparseqCallback
 from sparseq.training.recipes import Recipe, build_recipe
 from sparseq.training.run import TrainResult, locate_data, train
-from sparseq.training.trainer import RouterBiasCallback
 
 WORDS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs"}
 COMMANDS = {
@@ -120,12 +120,12 @@ def test_a_finished_run_is_not_trained_again(finished: TrainResult, corpus: Path
 def test_a_killed_run_continues_to_the_same_weights(
     finished: TrainResult, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(self: RouterBiasCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def stop(self: SparseqCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 7:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(RouterBiasCallback, "on_optimizer_step", stop)
+        patch.setattr(SparseqCallback, "on_optimizer_step", stop)
         with pytest.raises(KeyboardInterrupt):
             train(_recipe(corpus), tmp_path / "out", progress=False)
     # As if the kill had come while the second checkpoint was being written.
