@@ -29,8 +29,8 @@ from sparseq.training.allocator import keep_freed_memory
 from sparseq.training.recipes import load_recipe
 from sparseq.training.run import train
 
-# Sparse arms have 8 experts of width 128 in every second layer, of which each token gets two: as many active parameters
-# as the dense layers of width 256. "dense-total" spends all 3.3 million parameters on every token.
+# Sparse arms have 8 experts of width 128 in every second layer, of which each token gets two: as many active
+# parameters as the dense layers of width 256. "dense-total" spends all 3.3 million parameters on every token.
 ARMS: dict[str, list[str]] = {
     "dense": ["model.num_experts=0"],
     "dense-total": ["model.num_experts=0", "model.encoder_ffn_dim=640", "model.decoder_ffn_dim=640"],
@@ -89,7 +89,8 @@ def report(args: argparse.Namespace) -> None:
         )
         versus = row["versus_dense"]
         print(
-            f"{row['arm']:12} {row['seed']:4}  {row['parameters'] / 1e6:6.2f} / {row['active_parameters'] / 1e6:5.2f}    "
+            f"{row['arm']:12} {row['seed']:4}  "
+            f"{row['parameters'] / 1e6:6.2f} / {row['active_parameters'] / 1e6:5.2f}    "
             f"{row['bleu']:5.2f} ± {row['bleu_ci']:4.2f}  {row['chrf']:5.2f} ± {row['chrf_ci']:4.2f}  "
             f"{row['validation_loss']:8.4f}  {sparse[0]}  {sparse[1]}  "
             + (f"BLEU {versus['bleu']:.3f}, chrF {versus['chrf']:.3f}" if versus else "")
@@ -126,8 +127,9 @@ def _paired(folder: Path, base: Path) -> dict[str, float] | None:
     systems = [(run.name, (run / f"{TEST}.de.translated").read_text("utf-8").splitlines()) for run in (base, folder)]
     metrics = {"bleu": BLEU(), "chrf": CHRF()}
     _, scores = PairedTest(systems, metrics, [references], test_type="bs", n_samples=1000)()
-    values = [results[1].p_value for name, results in scores.items() if name != "System"]
-    return dict(zip(metrics, values, strict=True))
+    # Under "System" are the names, then come the metrics in the order given; the baseline is first.
+    values: list[Any] = [results[1] for name, results in scores.items() if name != "System"]
+    return {name: value.p_value for name, value in zip(metrics, values, strict=True)}
 
 
 def _training_step(folder: Path) -> tuple[Callable[[], None], int]:
