@@ -16,7 +16,6 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -52,7 +51,7 @@ class Steps:
         self.model = AutoModelForSeq2SeqLM.from_config(recipe.model_config(VOCABULARY)).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.callback = SparseqCallback()
-        self.trainer: tuple[Any, ...] = (TrainingArguments(folder, use_cpu=True), TrainerState(), TrainerControl())
+        self.trainer = (TrainingArguments(folder, use_cpu=True), TrainerState(), TrainerControl())
 
     def cpu_seconds(self, batch: dict[str, torch.Tensor], *, attached: bool) -> float:
         """CPU seconds of one step."""

@@ -1,0 +1,54 @@
+"""Two processes over gloo, started once for all tests of this folder, since most of their time goes into imports."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.scenarios import Results
+
+ROOT = Path(__file__).parents[2]
+WORLD_SIZE = 2
+# Measured: about 30 s on one core. A rank that waits for one that has failed would wait for half an hour.
+TIMEOUT = 300
+_WORKER = """
+import os, sys
+from pathlib import Path
+from tests.distributed.scenarios import run_all
+run_all(Path(sys.argv[1]), int(os.environ["RANK"]))
+"""
+
+
+@pytest.fixture(scope="session")
+def on_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What each of two processes found in a scenario, by the scenario's name."""
+    folder = tmp_path_factory.mktemp("distributed")
+    worker = folder / "worker.py"
+    worker.write_text(_WORKER, encoding="utf-8")
+    # `--standalone` takes a free port.
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with (folder / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *launcher, str(worker), str(folder)],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            status = process.wait(TIMEOUT)
+        finally:
+            # The launcher ends its processes, which are in sessions of their own, when it is asked to end.
+            process.terminate()
+            process.wait()
+    assert status == 0, (folder / "output.txt").read_text()[-8000:]
+
+    def results(name: str) -> list[dict[str, Any]]:
+        return [torch.load(folder / f"{name}.{rank}.pt", weights_only=True) for rank in range(WORLD_SIZE)]
+
+    return results
