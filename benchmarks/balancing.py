@@ -97,8 +97,8 @@ def report(args: argparse.Namespace) -> None:
         )
     for row in rows:
         if row["max_vio_over_time"]:
-            trace = "  ".join(f"{step}: {value:.2f}" for step, value in row["max_vio_over_time"].items())
-            print(f"MaxVio, {row['arm']} {row['seed']}: {trace}")
+            values = "  ".join(f"{step}: {value:.2f}" for step, value in row["max_vio_over_time"].items())
+            print(f"MaxVio, {row['arm']} {row['seed']}: {values}")
     if args.json:
         args.json.write_text(json.dumps({"setting": setting(), "runs": rows}, indent=2) + "\n", "utf-8")
 
@@ -124,7 +124,9 @@ def _paired(folder: Path, base: Path) -> dict[str, float] | None:
         return None
     data = json.loads((folder / "manifest.json").read_text("utf-8"))["recipe"]["data"]
     references = read_parallel(data["folder"], TEST, "en", "de").targets
-    systems = [(run.name, (run / f"{TEST}.de.translated").read_text("utf-8").splitlines()) for run in (base, folder)]
+    systems: list[tuple[str, Sequence[str]]] = [
+        (run.name, (run / f"{TEST}.de.translated").read_text("utf-8").splitlines()) for run in (base, folder)
+    ]
     metrics = {"bleu": BLEU(), "chrf": CHRF()}
     _, scores = PairedTest(systems, metrics, [references], test_type="bs", n_samples=1000)()
     # Under "System" are the names, then come the metrics in the order given; the baseline is first.

@@ -31,7 +31,7 @@ class SparseqConfig(PreTrainedConfig):
         gated_ffn: `down(act(gate(x)) * up(x))` (arXiv 2002.05202) instead of `down(act(up(x)))`.
         dropout: Probability of dropping an element of an embedding or of a sub-layer's output.
         attention_dropout: Probability of dropping an attention weight.
-        activation_dropout: Probability of dropping an element of a feed-forward layer's inner activation.
+        activation_dropout: Probability of dropping an element of a dense feed-forward layer's inner activation.
         position_embedding_type: "sinusoidal" (any length, no parameters), "learned" (at most
             `max_position_embeddings` tokens), "rotary" (in self-attention only, arXiv 2104.09864) or "none".
         max_position_embeddings: Rows of the learned tables; with other kinds only the length a user should expect
@@ -64,6 +64,12 @@ class SparseqConfig(PreTrainedConfig):
             computed as one feed-forward layer of `num_shared_experts * expert_ffn_dim`.
         router_scoring: "softmax" or "sigmoid" of the router logits.
         norm_topk_prob: Divide the chosen experts' scores by their sum.
+        router_jitter_noise: In training the router sees its input multiplied by uniform noise in [1 - x, 1 + x]
+            (arXiv 2101.03961, section 2.2); the experts see it as it is.
+        expert_dropout: `activation_dropout` of the routed experts; few tokens train each of them, so on small data
+            they bear more (arXiv 2101.03961, section 2.4). `None` means `activation_dropout`.
+        expert_output_masking: Probability, in training, of leaving out one chosen expert of one token, the others
+            being scaled up by 1 / (1 - x) (arXiv 2212.07571). What is left out is not computed.
         router_balancing: "aux_loss" (Switch, arXiv 2101.03961), "loss_free" (a selection bias, arXiv 2408.15664; it is
             moved by `update_router_bias()`, once an optimizer step) or "none".
         router_balancing_scope: The auxiliary loss balances each "sequence" (additive over sentences, so the same under
@@ -162,6 +168,9 @@ class SparseqConfig(PreTrainedConfig):
     num_shared_experts: int = 0
     router_scoring: Literal["softmax", "sigmoid"] = "softmax"
     norm_topk_prob: bool = True
+    router_jitter_noise: float | int = 0.0
+    expert_dropout: float | int | None = None
+    expert_output_masking: float | int = 0.0
     router_balancing: Literal["aux_loss", "loss_free", "none"] = "aux_loss"
     router_balancing_scope: Literal["sequence", "batch"] = "sequence"
     router_aux_loss_coef: float | int = 0.01
@@ -185,6 +194,8 @@ class SparseqConfig(PreTrainedConfig):
             self.decoder_num_key_value_heads = self.decoder_attention_heads
         if self.final_norm is None:
             self.final_norm = self.norm_position == "pre"
+        if self.expert_dropout is None:
+            self.expert_dropout = self.activation_dropout
         if self.expert_ffn_dim is None:
             self.expert_ffn_dim = max(1, self.encoder_ffn_dim // max(1, self.num_experts_per_tok))
         super().__post_init__(**kwargs)
@@ -262,7 +273,8 @@ class SparseqConfig(PreTrainedConfig):
         for name in not_negative:
             if getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must not be negative, but is {getattr(self, name)}")
-        for name in ("dropout", "attention_dropout", "activation_dropout", "label_smoothing"):
+        probabilities = ["dropout", "attention_dropout", "activation_dropout", "expert_dropout", "label_smoothing"]
+        for name in [*probabilities, "router_jitter_noise", "expert_output_masking"]:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, but is {getattr(self, name)}")
         for name, value in vars(self).items():

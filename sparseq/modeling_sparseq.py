@@ -343,10 +343,10 @@ class SparseqAttention(nn.Module):
 class SparseqActivation(nn.Module):
     """Activation of a feed-forward layer, and the dropout behind it."""
 
-    def __init__(self, config: SparseqConfig):
+    def __init__(self, activation_function: str, dropout: float):
         super().__init__()
-        self.activation = ACT2FN[config.activation_function]
-        self.dropout = config.activation_dropout
+        self.activation = ACT2FN[activation_function]
+        self.dropout = dropout
 
     def forward(self, up: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
         """act(up), or act(gate) * up (arXiv 2002.05202, eq. 5), all of one shape."""
@@ -362,7 +362,7 @@ class SparseqMLP(nn.Module):
         self.gate_proj = nn.Linear(config.d_model, width, bias=config.ffn_bias) if config.gated_ffn else None
         self.up_proj = nn.Linear(config.d_model, width, bias=config.ffn_bias)
         self.down_proj = nn.Linear(width, config.d_model, bias=config.ffn_bias)
-        self.act_fn = SparseqActivation(config)
+        self.act_fn = SparseqActivation(config.activation_function, config.activation_dropout)
 
     def forward(
         self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
@@ -385,6 +385,7 @@ class SparseqRouter(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.scoring = config.router_scoring
         self.norm_topk_prob = config.norm_topk_prob
+        self.jitter_noise = config.router_jitter_noise
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.d_model))
         if config.router_balancing == "loss_free":
             self.e_score_correction_bias = nn.Buffer(torch.zeros(config.num_experts, dtype=torch.float32))
@@ -408,8 +409,11 @@ class SparseqRouter(nn.Module):
         Returns:
             Logits `(N, E)`, weights `(N, K)` and expert indices `(N, K)`; logits and weights in float32.
         """
+        inputs = hidden_states.float()
+        if self.training and self.jitter_noise > 0:
+            inputs = inputs * torch.empty_like(inputs).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
-            logits = F.linear(hidden_states.float(), self.weight.float())
+            logits = F.linear(inputs, self.weight.float())
         scores = self.scores(logits)
         choice = scores if self.e_score_correction_bias is None else scores.detach() + self.e_score_correction_bias
         indices = choice.topk(self.top_k, dim=-1).indices
@@ -607,7 +611,7 @@ class SparseqExperts(nn.Module):
         super().__init__()
         self.num_experts = config.num_experts
         width, hidden = config.expert_ffn_dim, config.d_model
-        self.act_fn = SparseqActivation(config)
+        self.act_fn = SparseqActivation(config.activation_function, config.expert_dropout)
         name, rows = ("gate_up_proj", 2 * width) if config.gated_ffn else ("up_proj", width)
         self.register_parameter(name, nn.Parameter(torch.empty(self.num_experts, rows, hidden)))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, width))
@@ -689,6 +693,7 @@ class SparseqSparseMLP(nn.Module):
         super().__init__()
         self.router = SparseqRouter(config)
         self.experts = make_experts(config)
+        self.output_masking = config.expert_output_masking
         shared = config.num_shared_experts
         self.shared_experts = SparseqMLP(config, shared * config.expert_ffn_dim) if shared else None
 
@@ -698,10 +703,19 @@ class SparseqSparseMLP(nn.Module):
         """Map `(B, L, H)` to the same shape; where `token_mask` `(B, L)` is False, no routed expert runs."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits, weights, indices = self.router(flat, None if token_mask is None else token_mask.reshape(-1))
-        outputs = self.experts(flat, indices, weights).view_as(hidden_states)
+        # The router's choice is what is balanced and counted, whether or not its output is masked.
+        outputs = self.experts(flat, *self._mask_outputs(indices, weights)).view_as(hidden_states)
         if self.shared_experts is not None:
             outputs = outputs + self.shared_experts(hidden_states)[0]
         return outputs, (logits, indices)
+
+    def _mask_outputs(self, indices: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expert output masking: in training a share of the choices `(N, K)` goes to the expert E, as padding does."""
+        if not self.training or self.output_masking == 0:
+            return indices, weights
+        masked = torch.rand_like(weights) < self.output_masking
+        weights = (weights / (1.0 - self.output_masking)).masked_fill(masked, 0.0)
+        return indices.masked_fill(masked, self.experts.num_experts), weights
 
 
 def make_norm(config: SparseqConfig) -> nn.Module:
@@ -1412,6 +1426,8 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         self.loss_type = "ForMaskedLM"
         limit = config.max_position_embeddings or DEFAULT_MAX_LENGTH
         self.generation_config.max_length = min(DEFAULT_MAX_LENGTH, limit)
+        # Version of a router's weight when its choices were last counted; see `_check_bias_updates`.
+        self._counted_version = -1
         self.post_init()
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -1615,10 +1631,27 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
                 result.loss = result.loss + balance_coef * balance + self.config.router_z_loss_coef * z_loss
 
     def _count_experts(self, outputs: SparseqModelOutput) -> None:
+        if not is_tracing():
+            self._check_bias_updates()
         for stack in ("encoder", "decoder"):
             indices = getattr(outputs, f"{stack}_router_indices") or ()
             for router, chosen in zip(self.routers(stack), indices, strict=False):
                 router.count(chosen)
+
+    def _check_bias_updates(self) -> None:
+        """Warn if the optimizer has moved the routers since the last forward while the biases stayed."""
+        routers = [*self.routers("encoder"), *self.routers("decoder")]
+        # Every change in place raises a tensor's version; micro-batches of one update find the same one.
+        version = routers[0].weight._version
+        if routers[0].expert_counts is not None and version != self._counted_version:
+            logger.warning_once(
+                'The model is trained with `router_balancing="loss_free"`, but its selection biases do not move, so '
+                "nothing balances its experts: the optimizer has made a step without `model.update_router_bias()`. "
+                "Call it after each step; for Trainer, `sparseq.training.callback.SparseqCallback` does it: "
+                "`Trainer(..., callbacks=[SparseqCallback()])`. Without either, train with "
+                '`router_balancing="aux_loss"`.'
+            )
+        self._counted_version = version
 
 
 def until_last_label(labels: torch.Tensor) -> torch.Tensor:

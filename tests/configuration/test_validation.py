@@ -21,7 +21,10 @@ NOT_NEGATIVE = [
     *("num_experts", "encoder_sparse_step", "decoder_sparse_step", "num_shared_experts", "position_offset"),
     *("router_aux_loss_coef", "router_z_loss_coef", "router_bias_update_rate"),
 ]
-PROBABILITIES = ["dropout", "attention_dropout", "activation_dropout", "label_smoothing"]
+PROBABILITIES = [
+    *("dropout", "attention_dropout", "activation_dropout", "expert_dropout", "label_smoothing"),
+    *("router_jitter_noise", "expert_output_masking"),
+]
 CHOICES = [
     *("position_embedding_type", "sinusoidal_layout", "sinusoidal_spacing", "norm_type", "norm_position"),
     *("router_scoring", "router_balancing", "router_balancing_scope"),

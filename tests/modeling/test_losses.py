@@ -1,5 +1,6 @@
 """Losses: what they are, and that they are the same however a batch is cut."""
 
+import logging
 from typing import Any
 
 import pytest
@@ -217,6 +218,32 @@ def test_counts_are_not_doubled_by_checkpointing() -> None:
 def test_the_bias_update_is_refused_where_there_is_no_bias() -> None:
     with pytest.raises(ValueError, match="aux_loss"):
         tiny_model().update_router_bias()
+
+
+def train_loss_free(caplog: pytest.LogCaptureFixture, *, updates: int, accumulate: int, moves: bool) -> list[str]:
+    """Train without dropout and return what was warned of."""
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]  # added by transformers
+    model = loss_free_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(updates):
+        for _ in range(accumulate):
+            model(input_ids=source_batch(), labels=label_batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if moves:
+            model.update_router_bias()
+    return [record.message for record in caplog.records if "selection biases" in record.message]
+
+
+def test_biases_that_nobody_moves_are_said_so_loudly_and_once(caplog: pytest.LogCaptureFixture) -> None:
+    messages = train_loss_free(caplog, updates=3, accumulate=2, moves=False)
+    assert len(messages) == 1
+    assert "SparseqCallback" in messages[0]
+    assert "update_router_bias()" in messages[0]
+
+
+def test_accumulation_with_moved_biases_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
+    assert train_loss_free(caplog, updates=3, accumulate=4, moves=True) == []
 
 
 def test_labels_at_minus_100_inside_a_sentence_still_feed_their_context() -> None:
