@@ -32,6 +32,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command("sparseq.training.train_command", "train a model from a recipe"),
     "score": Command("sparseq.metrics.score_command", "translate a test set with a trained model and score it"),
     "train-tokenizer": Command("sparseq.training.tokenizer_command", "train a tokenizer on text files or a dataset"),
+    "inspect": Command("sparseq.inspection.inspect_command", "what the experts of a trained model do"),
 }
 
 EXTRAS = {
@@ -56,6 +57,8 @@ examples:
                                      BLEU and chrF of its translations of corpus/test.en
   sparseq train-tokenizer train.en train.de --language de --output tokenizer
                                      one tokenizer for both languages, with the tag <2de>
+  sparseq inspect experts outputs/tiny --data corpus --source en --target de
+                                     load of each expert on corpus/test.{en,de}, and the tokens it takes
   sparseq COMMAND --help             the arguments of a command, with examples
 
 An error of yours is reported in one line; --debug (or SPARSEQ_DEBUG=1) shows the full traceback.

@@ -1,7 +1,8 @@
 """Expert load: how the routers of a sparse model spread real tokens over its experts."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +12,22 @@ from sparseq.modeling_sparseq import SparseqPreTrainedModel, shift_tokens_right,
 # The bar of a load L, where uniform routing gives 1/E: an eighth of a block for each quarter of 1/E, so that a
 # uniform load is half a block and twice that, or more, a full one. An expert without tokens has no bar.
 _NO_BAR, _BARS = "·", "▁▂▃▄▅▆▇█"
+
+
+class Routing(NamedTuple):
+    """How one stack routed a batch.
+
+    Attributes:
+        ids: The tokens that were routed, `(B, L)`; in the decoder its inputs, which begin with the start token.
+        is_real: `(B, L)`, False for tokens that do not count besides those with index E.
+        logits: Router logits `(B * L, E)` of each sparse layer.
+        indices: Chosen experts `(B * L, K)` of each sparse layer, E for padding.
+    """
+
+    ids: torch.Tensor
+    is_real: torch.Tensor
+    logits: Sequence[torch.Tensor]
+    indices: Sequence[torch.Tensor]
 
 
 def expert_load(model: SparseqPreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> list[LayerLoad]:
@@ -30,29 +47,68 @@ def expert_load(model: SparseqPreTrainedModel, batches: Iterable[Mapping[str, An
     Raises:
         ValueError: There is no batch or no token in them, or a batch does not say which target tokens are real.
     """
-    stacks: dict[Stack, RoutingTotals] = {
-        stack: RoutingTotals(len(model.config.sparse_layers(stack)), model.config.num_experts, model.device)
-        for stack in ("encoder", "decoder")
-        if hasattr(model.base_model, stack) and model.config.sparse_layers(stack)
-    }
-    if not stacks:
+    totals = empty_totals(model)
+    if not totals:
         return []
+    with evaluating(model):
+        for batch in batches:
+            add_routings(model, route_batch(model, batch), totals)
+    return layer_loads(model, totals)
+
+
+@contextlib.contextmanager
+def evaluating(model: SparseqPreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, and at the end the mode that the model was in."""
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            for batch in batches:
-                _add_batch(model, batch, stacks)
+        yield
     finally:
         model.train(was_training)
+
+
+def empty_totals(model: SparseqPreTrainedModel) -> dict[Stack, RoutingTotals]:
+    """Totals at 0 for each stack of the model that has sparse layers, the encoder's first."""
+    config = model.config
+    stacks: tuple[Stack, ...] = ("encoder", "decoder")
+    return {
+        stack: RoutingTotals(len(config.sparse_layers(stack)), config.num_experts, model.device)
+        for stack in stacks
+        if hasattr(model.base_model, stack) and config.sparse_layers(stack)
+    }
+
+
+def add_routings(
+    model: SparseqPreTrainedModel, routings: Mapping[Stack, Routing], totals: Mapping[Stack, RoutingTotals]
+) -> None:
+    """Add what `route_batch` returned to the totals of each stack."""
+    for stack, total in totals.items():
+        routing = routings[stack]
+        total.add(routing.logits, routing.indices, routing.is_real, cheap_scores(model.routers(stack)[0]))
+
+
+def layer_loads(model: SparseqPreTrainedModel, totals: Mapping[Stack, RoutingTotals]) -> list[LayerLoad]:
+    """The load of every sparse layer that there are totals of.
+
+    Raises:
+        ValueError: No real token was added.
+    """
     return [
-        load
-        for stack, totals in stacks.items()
-        for load in totals.layer_loads(stack, model.config.sparse_layers(stack))
+        load for stack, total in totals.items() for load in total.layer_loads(stack, model.config.sparse_layers(stack))
     ]
 
 
-def _add_batch(model: SparseqPreTrainedModel, batch: Mapping[str, Any], stacks: Mapping[Stack, RoutingTotals]) -> None:
+@torch.no_grad()
+def route_batch(model: SparseqPreTrainedModel, batch: Mapping[str, Any]) -> dict[Stack, Routing]:
+    """Run `model` on one batch and return what its routers did, for each stack that the model has.
+
+    Args:
+        model: As for `expert_load`; the caller chooses its mode.
+        batch: One of the batches of `expert_load`.
+
+    Raises:
+        ValueError: The batch does not say which target tokens are real.
+    """
     base: Any = model.base_model
     wanted = {"output_router_logits": True, "output_router_indices": True}
     batch = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
@@ -63,16 +119,15 @@ def _add_batch(model: SparseqPreTrainedModel, batch: Mapping[str, Any], stacks: 
     is_real = torch.ones_like(batch["input_ids"], dtype=torch.bool)
     if not hasattr(base, "decoder"):
         outputs = base(**source, **wanted)
-        routings = {"encoder": (outputs.router_logits, outputs.router_indices, is_real)}
-    else:
-        decoder_input_ids, is_real_target = _target(model, batch)
-        outputs = base(**source, decoder_input_ids=decoder_input_ids, use_cache=False, **wanted)
-        routings = {
-            "encoder": (outputs.encoder_router_logits, outputs.encoder_router_indices, is_real),
-            "decoder": (outputs.decoder_router_logits, outputs.decoder_router_indices, is_real_target),
-        }
-    for stack, totals in stacks.items():
-        totals.add(*routings[stack], cheap_scores(model.routers(stack)[0]))
+        return {"encoder": Routing(batch["input_ids"], is_real, outputs.router_logits, outputs.router_indices)}
+    decoder_input_ids, is_real_target = _target(model, batch)
+    outputs = base(**source, decoder_input_ids=decoder_input_ids, use_cache=False, **wanted)
+    return {
+        "encoder": Routing(batch["input_ids"], is_real, outputs.encoder_router_logits, outputs.encoder_router_indices),
+        "decoder": Routing(
+            decoder_input_ids, is_real_target, outputs.decoder_router_logits, outputs.decoder_router_indices
+        ),
+    }
 
 
 def _target(model: SparseqPreTrainedModel, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,13 +175,22 @@ def format_expert_load(loads: Sequence[LayerLoad]) -> str:
         )
         for entry in loads
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     # Words and bars to the left, numbers to the right.
-    is_left = (True, False, True, False, False, False, False)
+    return format_table(rows, "lrlrrrr")
+
+
+def format_table(rows: Sequence[Sequence[str]], alignment: str) -> str:
+    """Columns of text: one line for each row, without a newline at the end.
+
+    Args:
+        rows: Cells, as many in each row as `alignment` has characters.
+        alignment: "l" or "r" for each column.
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(alignment))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if left else cell.rjust(width)
-            for cell, width, left in zip(row, widths, is_left, strict=True)
+            cell.ljust(width) if side == "l" else cell.rjust(width)
+            for cell, width, side in zip(row, widths, alignment, strict=True)
         ).rstrip()
         for row in rows
     )
@@ -139,4 +203,16 @@ def _bar(share: float, num_experts: int) -> str:
     return _BARS[min(max(eighths, 1), 8) - 1]
 
 
-__all__ = ["LayerLoad", "Stack", "expert_load", "format_expert_load"]
+__all__ = [
+    "LayerLoad",
+    "Routing",
+    "Stack",
+    "add_routings",
+    "empty_totals",
+    "evaluating",
+    "expert_load",
+    "format_expert_load",
+    "format_table",
+    "layer_loads",
+    "route_batch",
+]
