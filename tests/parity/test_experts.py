@@ -2,19 +2,30 @@
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from sparseq import SparseqConfig
-from sparseq.modeling_sparseq import SparseqSparseMLP, make_experts
+from sparseq.modeling_sparseq import SparseqSparseMLP, make_experts, sorted_experts_forward
 from tests.parity.weights import randomize
 from tests.tolerances import assert_close
 
+
+def off_the_cpu(*args: Any) -> torch.Tensor:
+    """Our experts as they run on accelerators and in compiled graphs: with grouped products, or the library's loop."""
+    with mock.patch("sparseq.modeling_sparseq.is_tracing", return_value=True):
+        return sorted_experts_forward(*args)
+
+
+ALL_EXPERTS_FUNCTIONS.register("sparseq off the CPU", off_the_cpu)
+
 # Those that take any size and type, and all of them.
-FREE = ["eager", "batched_mm", "sparseq"]
+FREE = ["eager", "batched_mm", "sparseq", "sparseq off the CPU"]
 IMPLEMENTATIONS = [*FREE, "grouped_mm"]
 # Rows of the stacked weights as multiples of 16 bytes in float32 and bfloat16, and not.
 ALIGNED, ODD = (16, 8), (15, 7)
