@@ -2,6 +2,7 @@
 
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -16,16 +17,17 @@ import torch
 def interleave(
     systems: Mapping[str, Callable[[], object]], *, rounds: int, device: str = "cpu", warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each call of each system, by name: every round calls all of them once, in rotating order.
+    """Seconds of each call of each system, by name: every round calls all of them once, in an order of its own.
 
     On the CPU it is the process' CPU time over its threads, which other programs on the machine disturb least; on an
     accelerator, wall-clock time between synchronisations.
     """
     names = list(systems)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    # What ran before leaves its marks in caches and allocator, so no system shall always follow the same one.
+    order = random.Random(0)
     for number in range(-warmup, rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in order.sample(names, len(names)):
             _synchronize(device)
             start = _now(device)
             systems[name]()

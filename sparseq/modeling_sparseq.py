@@ -9,6 +9,7 @@ head, E experts, K experts per token, F inner width of one expert, N tokens (B *
 
 import ctypes
 import functools
+import itertools
 import math
 import mmap
 import os
@@ -394,6 +395,15 @@ class SparseqRouter(nn.Module):
         # Tokens per expert since the last bias update. A plain tensor, because DDP copies rank 0's buffers to all.
         self.expert_counts: torch.Tensor | None = None
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        # `model.to(torch.bfloat16)` casts buffers too; in bfloat16 the bias' steps would be lost beside what it holds.
+        kept = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if kept is not None and moved.dtype != kept.dtype:
+            self.e_score_correction_bias = nn.Buffer(kept.to(moved.device))
+        return self
+
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Map logits `(..., E)` to scores of the same shape."""
         return logits.softmax(dim=-1) if self.scoring == "softmax" else logits.sigmoid()
@@ -468,47 +478,77 @@ class _LoopOverGroups(torch.autograd.Function):
         inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor
     ) -> torch.Tensor:
         outputs = inputs.new_empty(inputs.shape[0], weight.shape[1])
-        start = 0
-        for group, end in enumerate(ends.tolist()):
-            if end > start:
-                rows = slice(start, end)
-                if bias is None:
-                    torch.mm(inputs[rows], weight[group].t(), out=outputs[rows])
-                else:
-                    torch.addmm(bias[group], inputs[rows], weight[group].t(), out=outputs[rows])
-            start = end
-        outputs[start:].zero_()
+        sizes = _group_sizes(inputs, ends)
+        groups = zip(inputs.split(sizes), outputs.split(sizes), weight.mT.unbind(0), strict=False)
+        for group, (rows, result, matrix) in enumerate(groups):
+            if not sizes[group]:
+                continue
+            if bias is None:
+                torch.mm(rows, matrix, out=result)
+            else:
+                torch.addmm(bias[group], rows, matrix, out=result)
+        outputs[outputs.shape[0] - sizes[-1] :].zero_()
         return outputs
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        rows, weight, bias, ends = inputs
-        ctx.save_for_backward(rows, weight, bias, ends)
+        rows, weight, _, ends = inputs
+        ctx.save_for_backward(rows, weight, ends)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs, weight, bias, ends = ctx.saved_tensors
+        inputs, weight, ends = ctx.saved_tensors
         of_inputs, of_weight, of_bias, _ = ctx.needs_input_grad
-        grad = grad.contiguous()
+        sizes = _group_sizes(inputs, ends)
+        grads = grad.contiguous().split(sizes)
         grad_inputs = torch.empty_like(inputs) if of_inputs else None
         grad_weight = _new_weight_gradient(weight) if of_weight else None
-        grad_bias = torch.zeros_like(bias) if of_bias else None
-        start = 0
-        for group, end in enumerate(ends.tolist()):
-            rows = slice(start, end)
-            if grad_weight is not None and end == start:
-                grad_weight[group].zero_()
+        rows = inputs.split(sizes)
+        results = None if grad_inputs is None else grad_inputs.split(sizes)
+        # One group after the other, so that its rows are still in the cache for the second product.
+        for group, matrix in enumerate(weight.unbind(0)):
+            if grad_weight is not None and sizes[group]:
+                torch.mm(grads[group].t(), rows[group], out=grad_weight[group])
             elif grad_weight is not None:
-                torch.mm(grad[rows].t(), inputs[rows], out=grad_weight[group])
-            if grad_inputs is not None and end > start:
-                torch.mm(grad[rows], weight[group], out=grad_inputs[rows])
-            if grad_bias is not None:
-                torch.sum(grad[rows], dim=0, out=grad_bias[group])
-            start = end
+                grad_weight[group].zero_()
+            if results is not None and sizes[group]:
+                torch.mm(grads[group], matrix, out=results[group])
         if grad_inputs is not None:
-            grad_inputs[start:].zero_()
+            grad_inputs[inputs.shape[0] - sizes[-1] :].zero_()
+        grad_bias = torch.stack([part.sum(dim=0) for part in grads[:-1]]) if of_bias else None
         return grad_inputs, grad_weight, grad_bias, None
+
+
+def _group_sizes(rows: torch.Tensor, ends: torch.Tensor) -> list[int]:
+    """Rows of each of the E groups, and of the tail behind them."""
+    edges = [0, *ends.tolist(), rows.shape[0]]
+    return [end - start for start, end in itertools.pairwise(edges)]
+
+
+class _Rearrange(torch.autograd.Function):
+    """
+    Row i of the result is row `order[i] // copies` of the input; `inverse` is the inverse permutation of `order`.
+
+    Indexing would do, but its gradient is added up row by row, over atomics on a GPU; this one is gathered.
+    """
+
+    @staticmethod
+    def forward(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
+        return rows.index_select(0, order if copies == 1 else order // copies)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, order, inverse, ctx.copies = inputs
+        ctx.save_for_backward(order, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        order, inverse = ctx.saved_tensors
+        gathered = _Rearrange.apply(grad, inverse, order, 1)
+        if ctx.copies > 1:
+            gathered = gathered.view(-1, ctx.copies, grad.shape[-1]).sum(dim=1)
+        return gathered, None, None, None
 
 
 def _can_use_grouped_mm(weight: torch.Tensor) -> bool:
@@ -578,13 +618,13 @@ def sorted_experts_forward(
     groups, order = top_k_index.flatten().sort(stable=True)
     ends = torch.searchsorted(groups, torch.arange(self.num_experts, device=groups.device), right=True, out_int32=True)
     weight_in, bias_in, weight_out, bias_out = self.stacked_parameters()
-    inner = grouped_linear(hidden_states[order // top_k], weight_in, bias_in, groups, ends)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    inputs = _Rearrange.apply(hidden_states, order, inverse, top_k)
+    inner = grouped_linear(inputs, weight_in, bias_in, groups, ends)
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
     outputs = grouped_linear(inner, weight_out, bias_out, groups, ends)
-    # The inverse permutation, then a sum over K in a fixed order: scattering with repeated indices would not be
-    # deterministic on a GPU.
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-    outputs = outputs[inverse].view(tokens, top_k, -1) * top_k_weights[..., None]
+    # Back in the order of the tokens, then a sum over K in a fixed order, which adding to rows would not have.
+    outputs = _Rearrange.apply(outputs, inverse, order, 1).view(tokens, top_k, -1) * top_k_weights[..., None]
     return outputs.sum(dim=1).to(hidden_states.dtype)
 
 
@@ -917,6 +957,9 @@ class SparseqPreTrainedModel(PreTrainedModel):
                 "Checkpointing with `use_reentrant=True` would drop the gradient of the router's auxiliary losses "
                 f"(`num_experts` is {self.config.num_experts}); pass `use_reentrant=False`, which is exact"
             )
+        if activation_checkpointing_kwargs is not None:
+            # torch's own default is still the reentrant one, the library's only where it gets no arguments at all.
+            activation_checkpointing_kwargs = {"use_reentrant": False, **activation_checkpointing_kwargs}
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -1363,7 +1406,7 @@ class SparseqEncoderModel(SparseqPreTrainedModel):
 def router_losses(
     logits: tuple[torch.Tensor, ...],
     indices: tuple[torch.Tensor, ...],
-    scores: Callable[[torch.Tensor], torch.Tensor],
+    scoring: str,
     mask: torch.Tensor,
     weights: torch.Tensor,
     scope: str,
@@ -1376,7 +1419,7 @@ def router_losses(
     Args:
         logits: One `(B * L, E)` for each sparse layer.
         indices: One `(B * L, K)` for each sparse layer; E stands for padding.
-        scores: The router's map from logits to scores.
+        scoring: "softmax" or "sigmoid", as `router_scoring`.
         mask: `(B, L)`, False for padding.
         weights: `(B,)`, each sentence's share of the loss: its label tokens over those of the whole optimizer step.
             With scope "sequence" the sum over sentences is then the same however a batch is cut.
@@ -1388,18 +1431,25 @@ def router_losses(
     rows, length = mask.shape
     stacked = torch.stack(list(logits)).float().view(len(logits), rows, length, -1)
     num_experts = stacked.shape[-1]
+    log_total = stacked.logsumexp(dim=-1, keepdim=True)
+    if scoring == "softmax":
+        probabilities = (stacked - log_total).exp()
+    else:
+        # Normalised, so that uniform routing costs exactly 1 here too.
+        probabilities = stacked.sigmoid()
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    # Sums over tokens, then over sentences too for scope "batch"; the means follow.
     counted = mask[None, :, :, None].to(stacked.dtype)
-    # Normalised, so that sigmoid scores also sum to 1 and uniform routing costs exactly 1.
-    probabilities = scores(stacked)
-    probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+    tokens = counted.sum(dim=2)
+    mean_score = (probabilities * counted).sum(dim=2)
+    z_loss = (log_total.square() * counted).sum(dim=(2, 3))
+    z_loss = ((z_loss / tokens[..., 0].clamp(min=1)) * weights).sum(dim=-1).mean()
     chosen = torch.stack(list(indices)).view(len(indices), rows, length, -1)
     top_k = chosen.shape[-1]
-    choices = F.one_hot(chosen, num_experts + 1)[..., :num_experts].sum(dim=-2).to(stacked.dtype) / top_k
-    # Sums over tokens, then over sentences too for scope "batch"; the means follow.
-    tokens = counted.sum(dim=2)
-    share, mean_score = (choices * counted).sum(dim=2), (probabilities * counted).sum(dim=2)
-    z_loss = (stacked.logsumexp(dim=-1).square() * counted[..., 0]).sum(dim=2)
-    z_loss = ((z_loss / tokens[..., 0].clamp(min=1)) * weights).sum(dim=-1).mean()
+    # One column more for padding, whose choice is E; decoder tokens behind the last label have chosen in evaluation.
+    choices = counted.expand(len(indices), rows, length, top_k).flatten(2) / top_k
+    share = choices.new_zeros(len(indices), rows, num_experts + 1).scatter_add_(2, chosen.flatten(2), choices)
+    share = share[..., :num_experts]
     if scope == "batch":
         tokens, share, mean_score = (x.sum(dim=1, keepdim=True) for x in (tokens, share, mean_score))
         weights = weights.sum()[None]
@@ -1623,12 +1673,15 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
             indices = getattr(outputs, f"{stack}_router_indices")
             if not logits or not indices:
                 continue
-            scores = self.routers(stack)[0].scores
-            balance, z_loss = router_losses(logits, indices, scores, mask, weights, self.config.router_balancing_scope)
+            balance, z_loss = router_losses(
+                logits, indices, self.config.router_scoring, mask, weights, self.config.router_balancing_scope
+            )
             setattr(result, f"{stack}_aux_loss", balance)
             setattr(result, f"{stack}_z_loss", z_loss)
-            if self.training:
-                result.loss = result.loss + balance_coef * balance + self.config.router_z_loss_coef * z_loss
+            for coefficient, term in ((balance_coef, balance), (self.config.router_z_loss_coef, z_loss)):
+                # What has no weight is reported only, and costs no backward pass.
+                if self.training and coefficient:
+                    result.loss = result.loss + coefficient * term
 
     def _count_experts(self, outputs: SparseqModelOutput) -> None:
         if not is_tracing():

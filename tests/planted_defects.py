@@ -48,8 +48,8 @@ DEFECTS = [
     Defect("labels shifted twice", "            labels.view(-1),\n", "            labels.roll(-1, -1).reshape(-1),\n"),
     Defect(
         "one expert never run",
-        "outputs[inverse].view(tokens, top_k, -1) * top_k_weights[..., None]",
-        "outputs[inverse].view(tokens, top_k, -1) * top_k_weights.masked_fill(top_k_index == 1, 0.0)[..., None]",
+        "order, 1).view(tokens, top_k, -1) * top_k_weights[..., None]",
+        "order, 1).view(tokens, top_k, -1) * top_k_weights.masked_fill(top_k_index == 1, 0.0)[..., None]",
     ),
     Defect(
         "cross-attention dropped",
@@ -113,7 +113,7 @@ DEFECTS = [
     ),
     Defect(
         "router losses lost in training",
-        "result.loss = result.loss + balance_coef * balance + self.config.router_z_loss_coef * z_loss",
+        "result.loss = result.loss + coefficient * term",
         "pass",
     ),
     Defect(

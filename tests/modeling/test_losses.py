@@ -112,9 +112,17 @@ def test_skipped_logits_without_labels_are_refused() -> None:
 
 
 def slow_router_losses(
-    logits: list[torch.Tensor], indices: list[torch.Tensor], mask: torch.Tensor, weights: torch.Tensor
+    logits: list[torch.Tensor],
+    indices: list[torch.Tensor],
+    mask: torch.Tensor,
+    weights: torch.Tensor,
+    scoring: str = "softmax",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sentence by sentence, token by token, from Switch eq. 4-6 and ST-MoE eq. 5 for softmax scores."""
+    """Sentence by sentence, token by token, from Switch eq. 4-6 and ST-MoE eq. 5; sigmoid scores normalised."""
+
+    def scores(token: torch.Tensor) -> torch.Tensor:
+        return token.softmax(-1) if scoring == "softmax" else token.sigmoid() / token.sigmoid().sum()
+
     balance, z_loss = torch.zeros(()), torch.zeros(())
     for layer_logits, layer_indices in zip(logits, indices, strict=True):
         rows = layer_logits.view(*mask.shape, -1)
@@ -128,22 +136,25 @@ def slow_router_losses(
             for t in tokens:
                 for e in chosen[sentence, t]:
                     share[e] += 1 / (len(tokens) * chosen.shape[-1])
-            mean = torch.stack([rows[sentence, t].softmax(-1) for t in tokens]).mean(0)
+            mean = torch.stack([scores(rows[sentence, t]) for t in tokens]).mean(0)
             balance = balance + weights[sentence] * experts * (share * mean).sum()
             squares = torch.stack([rows[sentence, t].logsumexp(-1) ** 2 for t in tokens])
             z_loss = z_loss + weights[sentence] * squares.mean()
     return balance / len(logits), z_loss / len(logits)
 
 
-def test_sequence_scope_equals_a_slow_reference() -> None:
+@pytest.mark.parametrize("is_routed", [False, True], ids=["sentinel", "routed all the same"])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_sequence_scope_equals_a_slow_reference(scoring: str, is_routed: bool) -> None:
     torch.manual_seed(0)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]]).bool()
     weights = torch.tensor([0.5, 0.3, 0.0])
     logits = [torch.randn(12, 5, requires_grad=True) for _ in range(2)]
-    indices = [layer.topk(2).indices.masked_fill(~mask.view(-1, 1), 5) for layer in logits]
-    scores = lambda x: x.softmax(-1)  # noqa: E731
-    fast = router_losses(tuple(logits), tuple(indices), scores, mask, weights, "sequence")
-    slow = slow_router_losses(logits, indices, mask, weights)
+    indices = [layer.topk(2).indices for layer in logits]
+    if not is_routed:
+        indices = [chosen.masked_fill(~mask.view(-1, 1), 5) for chosen in indices]
+    fast = router_losses(tuple(logits), tuple(indices), scoring, mask, weights, "sequence")
+    slow = slow_router_losses(logits, indices, mask, weights, scoring)
     for name, a, b in zip(("balance", "z"), fast, slow, strict=True):
         assert_close(a, b, torch.float32, name)
         for x, y in zip(
@@ -160,7 +171,7 @@ def test_batch_scope_balances_all_tokens_together() -> None:
     weights = torch.tensor([0.5, 0.25])
     logits = torch.randn(8, 5)
     indices = logits.topk(2).indices.masked_fill(~mask.view(-1, 1), 5)
-    balance, _ = router_losses((logits,), (indices,), lambda x: x.softmax(-1), mask, weights, "batch")
+    balance, _ = router_losses((logits,), (indices,), "softmax", mask, weights, "batch")
     flat = mask.view(1, -1)
     expected, _ = slow_router_losses([logits], [indices], flat, torch.tensor([0.75]))
     assert_close(balance, expected, torch.float32)
@@ -170,7 +181,7 @@ def test_uniform_routing_costs_one() -> None:
     logits = torch.zeros(1, 8, 4).view(8, 4)
     indices = torch.tensor([[0, 1], [2, 3]] * 4)
     mask = torch.ones(1, 8, dtype=torch.bool)
-    balance, z_loss = router_losses((logits,), (indices,), torch.sigmoid, mask, torch.ones(1), "sequence")
+    balance, z_loss = router_losses((logits,), (indices,), "sigmoid", mask, torch.ones(1), "sequence")
     assert_close(balance, torch.tensor(1.0), torch.float32)
     assert_close(z_loss, torch.tensor(4.0).log().square(), torch.float32)
 
@@ -240,6 +251,35 @@ def test_biases_that_nobody_moves_are_said_so_loudly_and_once(caplog: pytest.Log
     assert len(messages) == 1
     assert "SparseqCallback" in messages[0]
     assert "update_router_bias()" in messages[0]
+
+
+def test_biases_keep_their_type_whatever_the_model_is_cast_to() -> None:
+    model = loss_free_model()
+    model(input_ids=source_batch(), labels=label_batch()).loss.backward()
+    model.update_router_bias()
+    biases = [router.e_score_correction_bias.clone() for router in model.routers("encoder")]
+    for cast in (
+        lambda: model.bfloat16(),
+        lambda: model.half(),
+        lambda: model.to(torch.float64),
+        lambda: model.float(),
+    ):
+        cast()
+        for router, bias in zip(model.routers("encoder"), biases, strict=True):
+            assert router.e_score_correction_bias.dtype == torch.float32
+            assert torch.equal(router.e_score_correction_bias, bias)
+    assert "model.encoder.layers.0.mlp.router.e_score_correction_bias" in model.state_dict()
+    model.to("meta")
+    assert model.routers("encoder")[0].e_score_correction_bias.is_meta
+
+
+def test_losses_without_weight_are_reported_and_cost_no_backward_pass() -> None:
+    model = tiny_model(router_balancing="loss_free", router_z_loss_coef=0.0).train()
+    output = model(input_ids=source_batch(), labels=label_batch(), output_router_logits=True)
+    assert output.encoder_aux_loss > 0
+    assert output.encoder_z_loss > 0
+    plain = tiny_model(router_balancing="none", router_z_loss_coef=0.0).train()
+    assert torch.equal(output.loss, plain(input_ids=source_batch(), labels=label_batch()).loss)
 
 
 def test_accumulation_with_moved_biases_is_no_reason_to_warn(caplog: pytest.LogCaptureFixture) -> None:
