@@ -18,10 +18,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from interleave import setting  # type: ignore[import-not-found]  # it lies beside this script
 from tqdm import tqdm
 from transformers import AutoModelForSeq2SeqLM, TrainerControl, TrainerState, TrainingArguments
 
-from benchmarks.import_time import environment
 from sparseq.training.allocator import keep_freed_memory
 from sparseq.training.callback import SparseqCallback
 from sparseq.training.recipes import load_recipe
@@ -109,10 +109,9 @@ def main() -> int:
     ratio = median(a / b for a, b in zip(seconds[True], seconds[False], strict=True))
     if args.json:
         names = {"attached": seconds[True], "detached": seconds[False]}
-        result = {"environment": environment(), "balancing": args.balancing, "seconds": names, "ratio": ratio}
+        result = {"setting": setting(), "balancing": args.balancing, "seconds": names, "ratio": ratio}
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
-    print(", ".join(f"{name} {value}" for name, value in environment().items()))
     for name, values in (("with", seconds[True]), ("without", seconds[False])):
         print(f"{median(values):8.4f} s  step {name} the callback (median of {args.rounds}, one thread)")
     print(f"{ratio:8.4f}    ratio, {args.balancing}; at most {BAR}: {'yes' if ratio <= BAR else 'NO'}")

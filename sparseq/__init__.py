@@ -1,5 +1,7 @@
 """Sparseq: a modern encoder-decoder Transformer for the Hugging Face ecosystem."""
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForTextEncoding, AutoTokenizer
 
 from .configuration_sparseq import SparseqConfig
@@ -21,6 +23,7 @@ AutoModelForTextEncoding.register(SparseqConfig, SparseqEncoderModel, exist_ok=T
 AutoTokenizer.register(SparseqConfig, fast_tokenizer_class=SparseqTokenizer, exist_ok=True)
 
 __all__ = [
+    "SparseqCallback",
     "SparseqConfig",
     "SparseqEncoderModel",
     "SparseqForConditionalGeneration",
@@ -29,3 +32,12 @@ __all__ = [
     "SparseqTokenizer",
     "__version__",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when it is asked for: a Trainer brings packages that using a model does not need.
+    if name == "SparseqCallback":
+        from .training.callback import SparseqCallback
+
+        return SparseqCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -77,7 +77,7 @@ def read_parallel(
     folder = Path(folder)
     source_path, target_path = _find(folder, split, source), _find(folder, split, target)
     source_data, target_data = source_path.read_bytes(), target_path.read_bytes()
-    sources, targets = _lines(source_path, source_data), _lines(target_path, target_data)
+    sources, targets = split_lines(source_path, source_data), split_lines(target_path, target_data)
     if len(sources) != len(targets):
         raise ValueError(
             f"{source_path} has {len(sources):,} lines and {target_path} has {len(targets):,}: line i of one must "
@@ -122,7 +122,12 @@ def _find(folder: Path, split: str, language: str) -> Path:
     )
 
 
-def _lines(path: Path, data: bytes) -> list[str]:
+def split_lines(path: Path, data: bytes) -> list[str]:
+    """Lines of a UTF-8 file's bytes, decompressed if its name ends with .gz, without a byte order mark.
+
+    Raises:
+        ValueError: The data cannot be decompressed, or is not UTF-8.
+    """
     if path.suffix == ".gz":
         try:
             data = gzip.decompress(data)

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sparseq.data.parallel import _lines, read_parallel
+from sparseq.data.parallel import read_parallel, split_lines
 from sparseq.tokenization_sparseq import source_prefix
 
 # Ending of a file (before .gz) -> the builder of `datasets` that reads it, and its options. Without
@@ -167,7 +167,7 @@ def _read_folder(options: DataOptions, limit: int | None) -> list[Group]:
 
 
 def _read_plain(options: DataOptions, limit: int | None) -> list[Group]:
-    sources = _lines(options.path, options.path.read_bytes())
+    sources = split_lines(options.path, options.path.read_bytes())
     targets, language = None, None
     if options.target is not None:
         other = Path(options.target)
@@ -176,7 +176,7 @@ def _read_plain(options: DataOptions, limit: int | None) -> list[Group]:
                 f"--target {other}: there is no such file. For the plain text {options.path}, --target names the file "
                 "with the translation of each of its lines."
             )
-        targets = _lines(other, other.read_bytes())
+        targets = split_lines(other, other.read_bytes())
         if len(sources) != len(targets):
             raise ValueError(
                 f"{options.path} has {len(sources):,} lines and {other} has {len(targets):,}: line i of one must "
