@@ -465,65 +465,79 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None)
 
 
-class _LoopOverGroups(torch.autograd.Function):
-    """
-    `grouped_linear` on the CPU: one product for each group that has rows, written in place, forward and backward.
+def _can_use_grouped_mm(weight: torch.Tensor) -> bool:
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if is_torchdynamo_compiling() and weight.dtype != torch.bfloat16:
+        return False
+    if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
+        return False
+    # The kernel wants rows that begin at multiples of 16 bytes, in the operands and in their gradients.
+    return all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
 
-    Takes every size and type, and spares what a composition of operators would add: passes over the outputs that
-    clear the tail, and copies of biases for each row.
-    """
 
-    @staticmethod
-    def forward(
-        inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor
-    ) -> torch.Tensor:
-        outputs = inputs.new_empty(inputs.shape[0], weight.shape[1])
-        sizes = _group_sizes(inputs, ends)
-        groups = zip(inputs.split(sizes), outputs.split(sizes), weight.mT.unbind(0), strict=False)
-        for group, (rows, result, matrix) in enumerate(groups):
-            if not sizes[group]:
-                continue
-            if bias is None:
-                torch.mm(rows, matrix, out=result)
-            else:
-                torch.addmm(bias[group], rows, matrix, out=result)
-        outputs[outputs.shape[0] - sizes[-1] :].zero_()
+def _multiply_groups(
+    rows: torch.Tensor, matrices: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor
+) -> torch.Tensor:
+    """Each group of `rows` `(M, I)` times its matrix of `(E, I, O)`, plus its bias, on the CPU; the tail is zero."""
+    if bias is None and _can_use_grouped_mm(matrices):
+        outputs = F.grouped_mm(rows, matrices, offs=ends)
+        outputs[int(ends[-1]) :].zero_()
         return outputs
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        rows, weight, _, ends = inputs
-        ctx.save_for_backward(rows, weight, ends)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs, weight, ends = ctx.saved_tensors
-        of_inputs, of_weight, of_bias, _ = ctx.needs_input_grad
-        sizes = _group_sizes(inputs, ends)
-        grads = grad.contiguous().split(sizes)
-        grad_inputs = torch.empty_like(inputs) if of_inputs else None
-        grad_weight = _new_weight_gradient(weight) if of_weight else None
-        rows = inputs.split(sizes)
-        results = None if grad_inputs is None else grad_inputs.split(sizes)
-        # One group after the other, so that its rows are still in the cache for the second product.
-        for group, matrix in enumerate(weight.unbind(0)):
-            if grad_weight is not None and sizes[group]:
-                torch.mm(grads[group].t(), rows[group], out=grad_weight[group])
-            elif grad_weight is not None:
-                grad_weight[group].zero_()
-            if results is not None and sizes[group]:
-                torch.mm(grads[group], matrix, out=results[group])
-        if grad_inputs is not None:
-            grad_inputs[inputs.shape[0] - sizes[-1] :].zero_()
-        grad_bias = torch.stack([part.sum(dim=0) for part in grads[:-1]]) if of_bias else None
-        return grad_inputs, grad_weight, grad_bias, None
+    outputs = rows.new_empty(rows.shape[0], matrices.shape[2])
+    sizes = _group_sizes(rows, ends)
+    parts, results = rows.split(sizes), outputs.split(sizes)
+    for group in _filled(sizes):
+        if bias is None:
+            torch.mm(parts[group], matrices[group], out=results[group])
+        else:
+            torch.addmm(bias[group], parts[group], matrices[group], out=results[group])
+    results[-1].zero_()
+    return outputs
 
 
 def _group_sizes(rows: torch.Tensor, ends: torch.Tensor) -> list[int]:
     """Rows of each of the E groups, and of the tail behind them."""
     edges = [0, *ends.tolist(), rows.shape[0]]
     return [end - start for start, end in itertools.pairwise(edges)]
+
+
+def _filled(sizes: list[int]) -> list[int]:
+    """The groups that have rows; the tail is none."""
+    return [group for group, size in enumerate(sizes[:-1]) if size]
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """
+    `grouped_linear` on the CPU, for every size and type. It spares what a composition of operators would add: passes
+    over inputs and outputs that clear the tail, copies of biases for each row, and gradients in ordinary memory.
+    """
+
+    # Not with `setup_context`, which costs as much as a small product.
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight, ends)
+        return _multiply_groups(inputs, weight.mT, bias, ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs, weight, ends = ctx.saved_tensors
+        of_inputs, of_weight, of_bias, _ = ctx.needs_input_grad
+        grad = grad.contiguous()
+        sizes = _group_sizes(inputs, ends)
+        grad_weight = grad_bias = None
+        if of_weight:
+            grad_weight = _new_weight_gradient(weight)
+            parts, rows, results = grad.t().split(sizes, dim=1), inputs.split(sizes), grad_weight.unbind(0)
+            for group, result in enumerate(results):
+                torch.mm(parts[group], rows[group], out=result) if sizes[group] else result.zero_()
+        if of_bias:
+            grad_bias = torch.stack([part.sum(dim=0) for part in grad.split(sizes)[:-1]])
+        grad_inputs = _multiply_groups(grad, weight, None, ends) if of_inputs else None
+        return grad_inputs, grad_weight, grad_bias, None
 
 
 class _Rearrange(torch.autograd.Function):
@@ -534,13 +548,10 @@ class _Rearrange(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
-        return rows.index_select(0, order if copies == 1 else order // copies)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        _, order, inverse, ctx.copies = inputs
+    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
+        ctx.copies = copies
         ctx.save_for_backward(order, inverse)
+        return rows.index_select(0, order if copies == 1 else order // copies)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -549,17 +560,6 @@ class _Rearrange(torch.autograd.Function):
         if ctx.copies > 1:
             gathered = gathered.view(-1, ctx.copies, grad.shape[-1]).sum(dim=1)
         return gathered, None, None, None
-
-
-def _can_use_grouped_mm(weight: torch.Tensor) -> bool:
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    if is_torchdynamo_compiling() and weight.dtype != torch.bfloat16:
-        return False
-    if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
-        return False
-    # The kernel wants rows that begin at multiples of 16 bytes, in the operands and in their gradients.
-    return all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
 
 
 def grouped_linear(
@@ -584,7 +584,10 @@ def grouped_linear(
     inputs = inputs.to(weight.dtype)
     bias = None if bias is None else bias.to(weight.dtype)
     if device_type == "cpu" and not is_tracing(inputs):
-        return _LoopOverGroups.apply(inputs, weight, bias, ends)
+        if not torch.is_grad_enabled():
+            # A step of decoding would feel the detour.
+            return _multiply_groups(inputs, weight.mT, bias, ends)
+        return _GroupedLinear.apply(inputs, weight, bias, ends)
     is_tail = (groups >= weight.shape[0])[:, None]
     # Filled going in as well, because the kernel leaves the tail of the gradient as the memory was.
     inputs, transposed = inputs.masked_fill(is_tail, 0.0), weight.transpose(-2, -1)

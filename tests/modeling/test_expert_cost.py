@@ -30,8 +30,8 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def sparse_layer(implementation: str, gated: bool = True, bias: bool = False) -> SparseqSparseMLP:
-    config = tiny_config(gated_ffn=gated, expert_bias=bias, expert_ffn_dim=24)
+def sparse_layer(implementation: str, gated: bool = True, bias: bool = False, width: int = 24) -> SparseqSparseMLP:
+    config = tiny_config(gated_ffn=gated, expert_bias=bias, expert_ffn_dim=width)
     config._experts_implementation = implementation
     torch.manual_seed(0)
     layer = SparseqSparseMLP(config)
@@ -52,13 +52,14 @@ def operations(layer: SparseqSparseMLP, states: torch.Tensor, mask: torch.Tensor
 
 @pytest.mark.parametrize(("gated", "bias"), KINDS)
 def test_padding_costs_no_expert_operations(gated: bool, bias: bool) -> None:
-    layer = sparse_layer("sparseq", gated, bias)
+    # A width that the grouped product cannot take: the counter knows only the products of the loop.
+    layer = sparse_layer("sparseq", gated, bias, width=25)
     states = torch.randn(2, 30, 32)
     mask = torch.ones(2, 30, dtype=torch.bool)
     mask[0, 10:] = False
     real = int(mask.sum())
     router = 2 * 32 * 4
-    experts = 2 * 2 * (3 if gated else 2) * 32 * 24
+    experts = 2 * 2 * (3 if gated else 2) * 32 * 25
     # The router scores padding too; its backward has one product for the weight and one for the states.
     assert operations(layer, states, mask) == (
         60 * router + real * experts,
