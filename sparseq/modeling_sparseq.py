@@ -1024,14 +1024,12 @@ class SparseqPreTrainedModel(PreTrainedModel):
             )
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         for router in [m for m in self.modules() if isinstance(m, SparseqRouter)]:
-            counts = router.expert_counts
-            if counts is None:
-                continue
+            bias = router.e_score_correction_bias
+            # A process that has seen no batch still takes part in the sum.
+            counts = torch.zeros_like(bias) if router.expert_counts is None else router.expert_counts.to(bias.device)
             if distributed:
                 torch.distributed.all_reduce(counts)
-            bias = router.e_score_correction_bias
-            step = torch.sign(counts.mean() - counts).to(bias.device)
-            bias.add_(step, alpha=self.config.router_bias_update_rate)
+            bias.add_(torch.sign(counts.mean() - counts), alpha=self.config.router_bias_update_rate)
             router.expert_counts = None
 
     def _resize_token_embeddings(self, new_num_tokens: int, *args: Any, **kwargs: Any) -> nn.Embedding:
