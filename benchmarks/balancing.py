@@ -107,6 +107,10 @@ def speed(args: argparse.Namespace) -> None:
     """Time training steps of the arms on one batch, in turn, and print each one's tokens per second."""
     torch.set_num_threads(args.threads)
     keep_freed_memory()
+    if missing := [arm for arm in args.arms if not (args.output / f"{arm}-1" / "config.json").is_file()]:
+        raise SystemExit(
+            f"{args.output} holds no finished run with seed 1 of {', '.join(missing)}: use `run` first, or --arms"
+        )
     steps = {arm: _training_step(args.output / f"{arm}-1") for arm in args.arms}
     seconds = interleave({arm: step for arm, (step, _) in steps.items()}, rounds=args.rounds)
     for arm, ratio in ratios(seconds, args.arms[0]).items():

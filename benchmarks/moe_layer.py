@@ -89,6 +89,8 @@ def main() -> int:
     parser.add_argument("--allocator", default="keep", choices=["keep", "default"], help="glibc's thresholds, for all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, but is {args.rounds}")
     torch.set_num_threads(args.threads)
     kept = args.allocator == "keep" and keep_freed_memory()
     results: dict[str, Any] = {"setting": setting(args.device) | {"freed_memory_kept": kept, "dtype": args.dtype}}

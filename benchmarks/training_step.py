@@ -118,7 +118,9 @@ def main() -> int:
     """Measure, print and judge; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="base", choices=SHAPES)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, help="default: all")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS), choices=MODELS, help="default: all; marian is always there"
+    )
     parser.add_argument("--device", default="cpu", help='"cpu" or "cuda" (default: cpu)')
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: autocast")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default: 1)")
@@ -127,6 +129,9 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
     parser.add_argument("--memory-of", choices=MODELS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, but is {args.rounds}")
+    args.models = list(dict.fromkeys(["marian", *args.models]))
     torch.set_num_threads(args.threads)
     kept = args.allocator == "keep" and keep_freed_memory()
     shape = SHAPES[args.shape]

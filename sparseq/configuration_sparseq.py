@@ -194,8 +194,6 @@ class SparseqConfig(PreTrainedConfig):
             self.decoder_num_key_value_heads = self.decoder_attention_heads
         if self.final_norm is None:
             self.final_norm = self.norm_position == "pre"
-        if self.expert_dropout is None:
-            self.expert_dropout = self.activation_dropout
         if self.expert_ffn_dim is None:
             self.expert_ffn_dim = max(1, self.encoder_ffn_dim // max(1, self.num_experts_per_tok))
         super().__post_init__(**kwargs)
@@ -275,8 +273,9 @@ class SparseqConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must not be negative, but is {getattr(self, name)}")
         probabilities = ["dropout", "attention_dropout", "activation_dropout", "expert_dropout", "label_smoothing"]
         for name in [*probabilities, "router_jitter_noise", "expert_output_masking"]:
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 0 and below 1, but is {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"`{name}` must be at least 0 and below 1, but is {value}")
         for name, value in vars(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"`{name}` must be a finite number, but is {value}")

@@ -38,7 +38,7 @@ from transformers.modeling_outputs import (
     Seq2SeqModelOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple, is_torchdynamo_compiling, logging
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
@@ -468,7 +468,7 @@ def _libc() -> ctypes.CDLL:
 def _can_use_grouped_mm(weight: torch.Tensor) -> bool:
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    if is_torchdynamo_compiling() and weight.dtype != torch.bfloat16:
+    if is_tracing(weight) and weight.dtype != torch.bfloat16:
         return False
     if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
         return False
@@ -562,6 +562,16 @@ class _Rearrange(torch.autograd.Function):
         return gathered, None, None, None
 
 
+def _is_functional() -> bool:
+    """Whether `torch.func` transforms are at work, which take plain operators only."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _is_plain_cpu(tensor: torch.Tensor) -> bool:
+    """Whether this is an ordinary computation on the CPU, where waiting for sizes costs nothing."""
+    return tensor.device.type == "cpu" and not is_tracing(tensor) and not _is_functional()
+
+
 def grouped_linear(
     inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
@@ -583,7 +593,7 @@ def grouped_linear(
         weight = weight.to(torch.get_autocast_dtype(device_type))
     inputs = inputs.to(weight.dtype)
     bias = None if bias is None else bias.to(weight.dtype)
-    if device_type == "cpu" and not is_tracing(inputs):
+    if _is_plain_cpu(inputs):
         if not torch.is_grad_enabled():
             # A step of decoding would feel the detour.
             return _multiply_groups(inputs, weight.mT, bias, ends)
@@ -622,12 +632,14 @@ def sorted_experts_forward(
     ends = torch.searchsorted(groups, torch.arange(self.num_experts, device=groups.device), right=True, out_int32=True)
     weight_in, bias_in, weight_out, bias_out = self.stacked_parameters()
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-    inputs = _Rearrange.apply(hidden_states, order, inverse, top_k)
+    is_functional = _is_functional()
+    inputs = hidden_states[order // top_k] if is_functional else _Rearrange.apply(hidden_states, order, inverse, top_k)
     inner = grouped_linear(inputs, weight_in, bias_in, groups, ends)
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
     outputs = grouped_linear(inner, weight_out, bias_out, groups, ends)
     # Back in the order of the tokens, then a sum over K in a fixed order, which adding to rows would not have.
-    outputs = _Rearrange.apply(outputs, inverse, order, 1).view(tokens, top_k, -1) * top_k_weights[..., None]
+    outputs = outputs[inverse] if is_functional else _Rearrange.apply(outputs, inverse, order, 1)
+    outputs = outputs.view(tokens, top_k, hidden_states.shape[-1]) * top_k_weights[..., None]
     return outputs.sum(dim=1).to(hidden_states.dtype)
 
 
@@ -654,7 +666,8 @@ class SparseqExperts(nn.Module):
         super().__init__()
         self.num_experts = config.num_experts
         width, hidden = config.expert_ffn_dim, config.d_model
-        self.act_fn = SparseqActivation(config.activation_function, config.expert_dropout)
+        dropout = config.activation_dropout if config.expert_dropout is None else config.expert_dropout
+        self.act_fn = SparseqActivation(config.activation_function, dropout)
         name, rows = ("gate_up_proj", 2 * width) if config.gated_ffn else ("up_proj", width)
         self.register_parameter(name, nn.Parameter(torch.empty(self.num_experts, rows, hidden)))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, width))
@@ -961,8 +974,9 @@ class SparseqPreTrainedModel(PreTrainedModel):
                 f"(`num_experts` is {self.config.num_experts}); pass `use_reentrant=False`, which is exact"
             )
         if activation_checkpointing_kwargs is not None:
-            # torch's own default is still the reentrant one, the library's only where it gets no arguments at all.
-            activation_checkpointing_kwargs = {"use_reentrant": False, **activation_checkpointing_kwargs}
+            # Left out or None, torch would take the reentrant kind.
+            given = {name: value for name, value in activation_checkpointing_kwargs.items() if value is not None}
+            activation_checkpointing_kwargs = {"use_reentrant": False, **given}
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -1005,14 +1019,17 @@ class SparseqPreTrainedModel(PreTrainedModel):
 
     def routers(self, stack: str) -> list[SparseqRouter]:
         """Routers of the sparse layers of "encoder" or "decoder", in order."""
-        return [m for m in getattr(self.base_model, stack).modules() if isinstance(m, SparseqRouter)]
+        # By place, not by searching: PEFT's `modules_to_save` keeps a second router beside the one in use.
+        layers = getattr(self.base_model, stack).layers
+        return [layers[index].mlp.router for index in self.config.sparse_layers(cast(Any, stack))]
 
     @torch.no_grad()
     def update_router_bias(self) -> None:
         """
         Move the selection biases of `router_balancing="loss_free"` by one step and forget the counts: up for experts
         with fewer tokens than the mean, down for those with more (arXiv 2408.15664, algorithm 1). To be called once
-        after every optimizer step, by all processes: counts are summed over them.
+        after every optimizer step, by all processes: counts are summed over them. A router whose weight is frozen
+        keeps its bias, which an adapter would not save.
 
         Raises:
             ValueError: with another kind of balancing.
@@ -1022,8 +1039,15 @@ class SparseqPreTrainedModel(PreTrainedModel):
                 'update_router_bias() needs `router_balancing="loss_free"`, but it is '
                 f'"{self.config.router_balancing}"'
             )
+        self._moves_biases = True
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        for router in [m for m in self.modules() if isinstance(m, SparseqRouter)]:
+        routers = [m for m in self.modules() if isinstance(m, SparseqRouter) and m.weight.requires_grad]
+        if not distributed and all(router.expert_counts is None for router in routers):
+            logger.warning_once(
+                "update_router_bias() has nothing to balance by: since the last call no router with trained weights "
+                "has counted a batch. Experts are counted in training, in forwards that get `labels`."
+            )
+        for router in routers:
             bias = router.e_score_correction_bias
             # A process that has seen no batch still takes part in the sum.
             counts = torch.zeros_like(bias) if router.expert_counts is None else router.expert_counts.to(bias.device)
@@ -1477,8 +1501,9 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         self.loss_type = "ForMaskedLM"
         limit = config.max_position_embeddings or DEFAULT_MAX_LENGTH
         self.generation_config.max_length = min(DEFAULT_MAX_LENGTH, limit)
-        # Version of a router's weight when its choices were last counted; see `_check_bias_updates`.
-        self._counted_version = -1
+        # A trained parameter and its value when experts were first counted; see `_check_bias_updates`.
+        self._watched: tuple[nn.Parameter, torch.Tensor] | None = None
+        self._moves_biases = False
         self.post_init()
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -1688,16 +1713,22 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         if not is_tracing():
             self._check_bias_updates()
         for stack in ("encoder", "decoder"):
-            indices = getattr(outputs, f"{stack}_router_indices") or ()
-            for router, chosen in zip(self.routers(stack), indices, strict=False):
-                router.count(chosen)
+            # Absent for an encoder whose output was given.
+            if indices := getattr(outputs, f"{stack}_router_indices"):
+                for router, chosen in zip(self.routers(stack), indices, strict=True):
+                    router.count(chosen)
 
     def _check_bias_updates(self) -> None:
-        """Warn if the optimizer has moved the routers since the last forward while the biases stayed."""
-        routers = [*self.routers("encoder"), *self.routers("decoder")]
-        # Every change in place raises a tensor's version; micro-batches of one update find the same one.
-        version = routers[0].weight._version
-        if routers[0].expert_counts is not None and version != self._counted_version:
+        """Warn if the optimizer makes steps while the biases stay, until they move for the first time."""
+        if self._moves_biases:
+            return
+        if self._watched is None:
+            # By value, because fused optimizers do not raise a tensor's version; the smallest, because it is copied.
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            smallest = min(reversed(trained), key=torch.numel, default=None)
+            self._watched = None if smallest is None else (smallest, smallest.detach().clone())
+        elif not torch.equal(*self._watched):
+            self._moves_biases = True
             logger.warning_once(
                 'The model is trained with `router_balancing="loss_free"`, but its selection biases do not move, so '
                 "nothing balances its experts: the optimizer has made a step without `model.update_router_bias()`. "
@@ -1705,7 +1736,6 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
                 "`Trainer(..., callbacks=[SparseqCallback()])`. Without either, train with "
                 '`router_balancing="aux_loss"`.'
             )
-        self._counted_version = version
 
 
 def until_last_label(labels: torch.Tensor) -> torch.Tensor:

@@ -48,8 +48,8 @@ DEFECTS = [
     Defect("labels shifted twice", "            labels.view(-1),\n", "            labels.roll(-1, -1).reshape(-1),\n"),
     Defect(
         "one expert never run",
-        "order, 1).view(tokens, top_k, -1) * top_k_weights[..., None]",
-        "order, 1).view(tokens, top_k, -1) * top_k_weights.masked_fill(top_k_index == 1, 0.0)[..., None]",
+        "* top_k_weights[..., None]\n    return outputs.sum",
+        "* top_k_weights.masked_fill(top_k_index == 1, 0.0)[..., None]\n    return outputs.sum",
     ),
     Defect(
         "cross-attention dropped",

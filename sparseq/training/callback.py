@@ -23,6 +23,7 @@ from sparseq.modeling_sparseq import until_last_label
 logger = logging.get_logger(__name__)
 
 _STACKS: tuple[Stack, ...] = ("encoder", "decoder")
+_REQUESTS = ("output_router_logits", "output_router_indices")
 # Fields of the model's output that are means over label tokens, as is the cross-entropy.
 _ROUTER_LOSSES = ("encoder_aux_loss", "decoder_aux_loss", "encoder_z_loss", "decoder_z_loss")
 # With more experts their loads fill every log; the least and the largest stand for them.
@@ -30,6 +31,10 @@ _MAX_LOADS = 64
 # Choices per expert below which an expert without tokens may be chance: at a tenth of its fair share it would have 10
 # of these, so to get none of them it must be far below that.
 _CHOICES_TO_JUDGE = 100
+_OWN_LOSS = (
+    "For a loss of your own override `compute_loss`, pass the labels to the model and add to, or take apart, its "
+    "`outputs.loss`; label smoothing is `label_smoothing` of the model's configuration."
+)
 
 
 class SparseqCallback(TrainerCallback):
@@ -71,6 +76,8 @@ class SparseqCallback(TrainerCallback):
         self._is_installed = False
         # What the last training log holds besides the averages.
         self._details: dict[str, float] = {}
+        # What the last forward was asked for by this callback alone.
+        self._added: set[str] = set()
 
     def install(self, trainer: Trainer) -> None:
         """
@@ -81,8 +88,13 @@ class SparseqCallback(TrainerCallback):
             trainer: Any Trainer, given this callback before or not.
 
         Raises:
-            ValueError: as when the Trainer is made with it.
+            ValueError: as when the Trainer is made with it, or if the Trainer has a `compute_loss_func`.
         """
+        if trainer.compute_loss_func is not None and find_sparse_model(trainer.model) is not None:
+            raise ValueError(
+                "`compute_loss_func` takes the labels away from the model, which then computes no router losses and "
+                "counts no experts. " + _OWN_LOSS
+            )
         callbacks = trainer.callback_handler.callbacks
         is_new = self not in callbacks
         callbacks[:] = [self, *(c for c in callbacks if c is not self and not isinstance(c, _WithoutDetails))]
@@ -187,21 +199,40 @@ class SparseqCallback(TrainerCallback):
         self._model = found
         self._training, self._evaluation = _Totals(found), _Totals(found)
         self._handles = [
-            found.register_forward_pre_hook(_ask_for_routing, with_kwargs=True),
+            found.register_forward_pre_hook(self._ask_for_routing, with_kwargs=True),
             found.register_forward_hook(self._read_routing, with_kwargs=True),
         ]
 
+    def _ask_for_routing(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if kwargs.get("labels") is not None:
+            config: Any = module.config
+            self._added = {name for name in _REQUESTS if not (kwargs.get(name) or getattr(config, name, False))}
+            kwargs = {**kwargs, **dict.fromkeys(_REQUESTS, True)}
+        elif module.training and torch.is_grad_enabled():
+            logger.warning_once(
+                "The model is trained without being given `labels`, so it computes no loss: router losses are "
+                "missing, and no experts are counted or balanced. " + _OWN_LOSS
+            )
+        return args, kwargs
+
     @torch.compiler.disable
     @torch.no_grad()
-    def _read_routing(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _read_routing(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         # Checkpointed layers run again in the backward pass, the model as a whole does not: nothing counts twice.
         if kwargs.get("labels") is None or getattr(output, "loss", None) is None or self._training is None:
-            return
+            return output
         if module.training:
             self._training.add(kwargs, output)
         else:
             self._pending = _Totals(module)
             self._pending.add(kwargs, output)
+        # Nobody else gets what only this callback asked for; Trainer might take it for predictions.
+        hidden = {f"{stack}_{name.removeprefix('output_')}" for stack in _STACKS for name in self._added}
+        if "output_router_logits" in self._added and not module.training:
+            hidden.update(_ROUTER_LOSSES)
+        return type(output)(**{name: value for name, value in output.items() if name not in hidden})
 
     def _evaluation_metrics(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """What to add to the metrics of an evaluation; nothing if these are not an evaluation's."""
@@ -373,14 +404,6 @@ def refuse_label_smoothing(args: TrainingArguments) -> None:
             f"`label_smoothing_factor` ({args.label_smoothing_factor}) would replace the model's loss and "
             "drop its router losses. Set `label_smoothing` in the model's configuration instead."
         )
-
-
-def _ask_for_routing(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if kwargs.get("labels") is not None:
-        kwargs = {**kwargs, "output_router_logits": True, "output_router_indices": True}
-    return args, kwargs
 
 
 def _loss_sums(model: Any, labels: torch.Tensor, num_items: torch.Tensor | int | None, output: Any) -> torch.Tensor:

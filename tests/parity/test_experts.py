@@ -18,7 +18,7 @@ from tests.tolerances import assert_close
 
 def off_the_cpu(*args: Any) -> torch.Tensor:
     """Our experts as they run on accelerators and in compiled graphs: with grouped products, or the library's loop."""
-    with mock.patch("sparseq.modeling_sparseq.is_tracing", return_value=True):
+    with mock.patch("sparseq.modeling_sparseq._is_plain_cpu", return_value=False):
         return sorted_experts_forward(*args)
 
 
@@ -270,3 +270,27 @@ def test_no_token_sees_another(implementation: str) -> None:
     together, _ = block(states)
     for row in range(BATCH):
         assert_close(block(states[row : row + 1])[0], together[row : row + 1], torch.float32, f"sentence {row}")
+
+
+@pytest.mark.parametrize("implementation", ["sparseq", "sparseq off the CPU"])
+@pytest.mark.parametrize(("gated", "bias"), [(True, False), (False, True)])
+def test_no_tokens_at_all(gated: bool, bias: bool, implementation: str) -> None:
+    block = make_block(implementation, gated=gated, bias=bias)
+    states = torch.zeros(2, 0, ALIGNED[0], requires_grad=True)
+    outputs, _ = block(states)
+    assert outputs.shape == states.shape
+    outputs.sum().backward()
+    assert all(not parameter.grad.any() for parameter in block.parameters())
+
+
+def test_function_transforms() -> None:
+    block, states = make_block("sparseq", gated=True, bias=True), make_states(ALIGNED[0])
+
+    def loss(parameters: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(block, parameters, (rows[None],))[0].square().sum()
+
+    parameters = dict(block.named_parameters())
+    together = torch.func.grad(lambda p: sum(loss(p, rows) for rows in states))(parameters)
+    expected = torch.autograd.grad(sum(loss(parameters, rows) for rows in states), list(parameters.values()))
+    for (name, gradient), reference in zip(together.items(), expected, strict=True):
+        assert_close(gradient, reference, torch.float32, name)

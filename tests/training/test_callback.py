@@ -423,10 +423,15 @@ def test_detached_and_copied_models_return_what_is_asked_for(tmp_path: Path) -> 
     trainer = stock_trainer(tmp_path, model, callbacks=[callback])
     trainer.train()
     batch = Collator()(examples())
-    assert model(**batch).encoder_router_indices is not None
-    assert copy.deepcopy(model)(**batch).encoder_router_indices is not None
+    for asked in ({}, {"output_router_logits": True}, {"output_router_indices": True}):
+        plain = tiny_model()
+        plain.load_state_dict(model.state_dict())
+        for mode in (True, False):
+            expected = plain.train(mode)(**batch, **asked)
+            for hooked in (model, copy.deepcopy(model)):
+                assert list(hooked.train(mode)(**batch, **asked).keys()) == list(expected.keys())
     callback.detach()
-    assert model(**batch).encoder_router_indices is None
+    assert not model._forward_hooks
     trainer.train()
     assert len(model._forward_hooks) == 1, "training attaches it once again"
 
