@@ -47,6 +47,41 @@ DEFECTS = [
     ),
     Defect("labels shifted twice", "            labels.view(-1),\n", "            labels.roll(-1, -1).reshape(-1),\n"),
     Defect(
+        "router jitter in evaluation too",
+        "if self.training and self.jitter_noise > 0:",
+        "if self.jitter_noise > 0:",
+    ),
+    Defect(
+        "masked outputs not scaled up",
+        "weights = (weights / (1.0 - self.output_masking)).masked_fill(masked, 0.0)",
+        "weights = weights.masked_fill(masked, 0.0)",
+    ),
+    Defect(
+        "expert dropout left out",
+        "SparseqActivation(config.activation_function, dropout)",
+        "SparseqActivation(config.activation_function, config.activation_dropout)",
+    ),
+    Defect(
+        "selection biases cast with the model",
+        "if kept is not None and moved.dtype != kept.dtype:",
+        "if False:",
+    ),
+    Defect(
+        "selection biases moved the wrong way",
+        "torch.sign(counts.mean() - counts)",
+        "torch.sign(counts - counts.mean())",
+    ),
+    Defect(
+        "gradients of moved rows out of order",
+        "gathered = _Rearrange.apply(grad, inverse, order, 1)",
+        "gathered = _Rearrange.apply(grad, order, inverse, 1)",
+    ),
+    Defect(
+        "auxiliary losses counted for padding",
+        "choices = counted.expand(len(indices), rows, length, top_k).flatten(2) / top_k",
+        "choices = torch.ones_like(counted).expand(len(indices), rows, length, top_k).flatten(2) / top_k",
+    ),
+    Defect(
         "one expert never run",
         "* top_k_weights[..., None]\n    return outputs.sum",
         "* top_k_weights.masked_fill(top_k_index == 1, 0.0)[..., None]\n    return outputs.sum",

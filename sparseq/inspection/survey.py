@@ -111,15 +111,7 @@ def inspect_experts(
     for name, value in (("batch_tokens", batch_tokens), ("limit", limit), ("min_occurrences", min_occurrences)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, but is {value}.")
-    if not any(stack in empty_totals(model) for stack in stacks):
-        raise ValueError(
-            f"The model has no sparse layer in its {' or '.join(stacks)}: there are no experts to look at."
-        )
-    for group in groups:
-        if group.targets is None and hasattr(model.base_model, "decoder"):
-            raise ValueError(f"The model has a decoder, but there are no targets for {group.name!r}.")
-    if not groups or not all(groups):
-        raise ValueError("There are no examples to route.")
+    _check_examples(model, groups, stacks)
     encoded = [_Encoded.from_group(group, model, tokenizer) for group in groups]
     bar = tqdm(
         total=sum(len(group) for group in groups),
@@ -151,6 +143,19 @@ def inspect_experts(
         )
         for name, count in zip(names, counts, strict=True)
     ]
+
+
+def _check_examples(model: SparseqPreTrainedModel, groups: Sequence[Group], stacks: Sequence[Stack]) -> None:
+    """Refuse what leaves nothing to look at."""
+    if not any(stack in empty_totals(model) for stack in stacks):
+        raise ValueError(
+            f"The model has no sparse layer in its {' or '.join(stacks)}: there are no experts to look at."
+        )
+    for group in groups:
+        if group.targets is None and hasattr(model.base_model, "decoder"):
+            raise ValueError(f"The model has a decoder, but there are no targets for {group.name!r}.")
+    if not groups or not all(groups):
+        raise ValueError("There are no examples to route.")
 
 
 @dataclass
