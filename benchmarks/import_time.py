@@ -9,14 +9,12 @@ that of the medians. Run it on an idle machine:
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 
+from interleave import setting  # type: ignore[import-not-found]  # it lies beside this script
 from tqdm import tqdm
 
 OURS = "import sparseq"
@@ -44,18 +42,6 @@ def measure(rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def environment() -> dict[str, str]:
-    """The commit, machine and versions a result belongs to."""
-    root = Path(__file__).resolve().parents[1]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
-    return {
-        "commit": commit.stdout.strip() or "unknown",
-        "machine": f"{platform.machine()} {platform.system()} {platform.release()}, {os.cpu_count()} CPUs",
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in ("sparseq", "transformers", "torch")},
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -69,11 +55,10 @@ def main() -> int:
     seconds = measure(args.rounds)
     medians = {statement: median(values) for statement, values in seconds.items()}
     ratio = medians[OURS] / medians[BASELINE]
-    result = {"environment": environment(), "seconds": seconds, "medians": medians, "ratio": ratio, "bar": BAR}
+    result = {"setting": setting(), "seconds": seconds, "medians": medians, "ratio": ratio, "bar": BAR}
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
-    print(", ".join(f"{name} {value}" for name, value in environment().items()))
     for statement, value in medians.items():
         print(f"{value:8.3f} s  {statement}  (median of {args.rounds})")
     print(f"{ratio:8.3f}    ratio; at most {BAR}: {'yes' if ratio <= BAR else 'NO'}")

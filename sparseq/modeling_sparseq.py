@@ -562,6 +562,12 @@ class _Rearrange(torch.autograd.Function):
         return gathered, None, None, None
 
 
+def _rearrange(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
+    if _is_functional():
+        return rows[order // copies]
+    return _Rearrange.apply(rows, order, inverse, copies)
+
+
 def _is_functional() -> bool:
     """Whether `torch.func` transforms are at work, which take plain operators only."""
     return torch._C._are_functorch_transforms_active()
@@ -632,13 +638,12 @@ def sorted_experts_forward(
     ends = torch.searchsorted(groups, torch.arange(self.num_experts, device=groups.device), right=True, out_int32=True)
     weight_in, bias_in, weight_out, bias_out = self.stacked_parameters()
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-    is_functional = _is_functional()
-    inputs = hidden_states[order // top_k] if is_functional else _Rearrange.apply(hidden_states, order, inverse, top_k)
+    inputs = _rearrange(hidden_states, order, inverse, top_k)
     inner = grouped_linear(inputs, weight_in, bias_in, groups, ends)
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
     outputs = grouped_linear(inner, weight_out, bias_out, groups, ends)
     # Back in the order of the tokens, then a sum over K in a fixed order, which adding to rows would not have.
-    outputs = outputs[inverse] if is_functional else _Rearrange.apply(outputs, inverse, order, 1)
+    outputs = _rearrange(outputs, inverse, order, 1)
     outputs = outputs.view(tokens, top_k, hidden_states.shape[-1]) * top_k_weights[..., None]
     return outputs.sum(dim=1).to(hidden_states.dtype)
 
@@ -1607,12 +1612,11 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         routes = labels is not None and self.config.num_experts > 0
-        needs_losses = routes and (output_router_logits or (self.training and self._has_router_losses()))
+        needs_losses = routes and (output_router_logits or (self.training and any(self.router_loss_coefs)))
         needs_counts = routes and self.training and self.config.router_balancing == "loss_free"
         target_mask = None
         if routes:
-            is_2d = decoder_attention_mask is not None and decoder_attention_mask.dim() == 2
-            target_mask = decoder_attention_mask.bool() if is_2d else until_last_label(labels)
+            target_mask = real_targets(labels, decoder_attention_mask)
 
         outputs = self.model(
             input_ids=input_ids,
@@ -1661,9 +1665,11 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
             self._add_router_losses(result, outputs, labels, attention_mask, target_mask, num_items_in_batch)
         return result
 
-    def _has_router_losses(self) -> bool:
-        balances = self.config.router_balancing == "aux_loss" and self.config.router_aux_loss_coef > 0
-        return balances or self.config.router_z_loss_coef > 0
+    @property
+    def router_loss_coefs(self) -> tuple[float, float]:
+        """Weights of the load-balancing loss and of the z-loss in the training loss."""
+        balances = self.config.router_balancing == "aux_loss"
+        return self.config.router_aux_loss_coef if balances else 0.0, self.config.router_z_loss_coef
 
     def _cross_entropy(
         self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
@@ -1692,7 +1698,6 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         if attention_mask is None or attention_mask.dim() != 2:
             source = outputs.encoder_last_hidden_state
             attention_mask = torch.ones(source.shape[:2], device=source.device)
-        balance_coef = self.config.router_aux_loss_coef if self.config.router_balancing == "aux_loss" else 0.0
         for stack, mask in (("encoder", attention_mask.bool()), ("decoder", target_mask)):
             # Absent for an encoder whose output was given.
             logits = getattr(outputs, f"{stack}_router_logits")
@@ -1704,7 +1709,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
             )
             setattr(result, f"{stack}_aux_loss", balance)
             setattr(result, f"{stack}_z_loss", z_loss)
-            for coefficient, term in ((balance_coef, balance), (self.config.router_z_loss_coef, z_loss)):
+            for coefficient, term in zip(self.router_loss_coefs, (balance, z_loss), strict=True):
                 # What has no weight is reported only, and costs no backward pass.
                 if self.training and coefficient:
                     result.loss = result.loss + coefficient * term
@@ -1738,8 +1743,14 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
             )
 
 
-def until_last_label(labels: torch.Tensor) -> torch.Tensor:
-    """Mask `(B, T)` of the positions up to each row's last label: in a causal decoder the loss sees no others."""
+def real_targets(labels: torch.Tensor, decoder_attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Mask `(B, T)` of the target positions that are no padding: those of a mask `(B, T)` where there is one, otherwise
+    the positions up to each row's last label, since in a causal decoder the loss sees no others. A label in the middle
+    may be masked out; its position is a token all the same.
+    """
+    if decoder_attention_mask is not None and decoder_attention_mask.dim() == 2:
+        return decoder_attention_mask.bool()
     return labels.ne(-100).flip(1).cumsum(dim=1).flip(1).bool()
 
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sparseq.inspection.routing import LayerLoad, RoutingTotals, Stack, cheap_scores
-from sparseq.modeling_sparseq import SparseqPreTrainedModel, shift_tokens_right, until_last_label
+from sparseq.inspection.routing import STACKS, LayerLoad, RoutingTotals, Stack, cheap_scores
+from sparseq.modeling_sparseq import SparseqPreTrainedModel, real_targets, shift_tokens_right
 
 # The bar of a load L, where uniform routing gives 1/E: an eighth of a block for each quarter of 1/E, so that a
 # uniform load is half a block and twice that, or more, a full one. An expert without tokens has no bar.
@@ -70,10 +70,9 @@ def evaluating(model: SparseqPreTrainedModel) -> Iterator[None]:
 def empty_totals(model: SparseqPreTrainedModel) -> dict[Stack, RoutingTotals]:
     """Totals at 0 for each stack of the model that has sparse layers, the encoder's first."""
     config = model.config
-    stacks: tuple[Stack, ...] = ("encoder", "decoder")
     return {
         stack: RoutingTotals(len(config.sparse_layers(stack)), config.num_experts, model.device)
-        for stack in stacks
+        for stack in STACKS
         if hasattr(model.base_model, stack) and config.sparse_layers(stack)
     }
 
@@ -142,11 +141,10 @@ def _target(model: SparseqPreTrainedModel, batch: Mapping[str, torch.Tensor]) ->
             "The decoder's load counts real tokens only, and ids do not tell them from padding: a batch needs "
             f"`labels`, or `decoder_input_ids` with `decoder_attention_mask`, but has only {sorted(batch)}."
         )
-    if mask is not None:
-        return decoder_input_ids, mask.bool()
-    assert labels is not None
-    # A label in the middle may be masked out; its position is a token all the same.
-    return decoder_input_ids, until_last_label(labels)
+    if labels is not None:
+        return decoder_input_ids, real_targets(labels, mask)
+    assert mask is not None
+    return decoder_input_ids, mask.bool()
 
 
 def format_expert_load(loads: Sequence[LayerLoad]) -> str:

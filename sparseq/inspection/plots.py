@@ -20,13 +20,9 @@ def plot_run(log: Sequence[Mapping[str, Any]], loads: Sequence[LayerLoad], path:
     Returns:
         `path`, or None where matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
+    figure = _new_figure(11 if loads else 6, 4)
+    if figure is None:
         return None
-    figure = Figure(figsize=(11 if loads else 6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     curve = figure.add_subplot(1, 2 if loads else 1, 1)
     for key, label in (("loss", "training (with smoothing and router losses)"), ("eval_loss", "validation")):
         # The first value of a step: after the last one, the averaged weights are evaluated again.
@@ -67,11 +63,6 @@ def plot_expert_loads(panels: Sequence[tuple[str, Sequence[LayerLoad]]], path: P
     Returns:
         `path`, or None where matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return None
     drawn = panels[:MAX_PANELS]
     _, loads = drawn[0]
     rows, experts = len(loads), len(loads[0].load)
@@ -85,8 +76,9 @@ def plot_expert_loads(panels: Sequence[tuple[str, Sequence[LayerLoad]]], path: P
     height = cell[1] * rows + 0.8
     # matplotlib draws a few hundred numbers a second.
     numbers = min(cell[0] / 0.3, cell[1] / 0.18) >= 1 and len(drawn) * rows * experts <= 2000
-    figure = Figure(figsize=(columns * width + 0.9, lines * height + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new_figure(columns * width + 0.9, lines * height + 0.5)
+    if figure is None:
+        return None
     axes = figure.subplots(lines, columns, squeeze=False)
     for place, axis in enumerate(axes.flat):
         if place >= len(drawn):
@@ -99,6 +91,18 @@ def plot_expert_loads(panels: Sequence[tuple[str, Sequence[LayerLoad]]], path: P
     bar.ax.tick_params(labelsize=8)
     figure.savefig(path, dpi=110)
     return path
+
+
+def _new_figure(width: float, height: float) -> Any:
+    """A figure of this size in inches, or None where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _draw_loads(axis: Any, loads: Sequence[LayerLoad], *, cell: tuple[float, float], numbers: bool) -> Any:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 Stack = Literal["encoder", "decoder"]
+STACKS: tuple[Stack, ...] = get_args(Stack)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,4 +201,4 @@ def _total_dtype(device: torch.device | str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
-__all__ = ["LayerLoad", "RoutingTotals", "Stack", "cheap_scores"]
+__all__ = ["STACKS", "LayerLoad", "RoutingTotals", "Stack", "cheap_scores"]

@@ -19,11 +19,10 @@ from sparseq.inspection.experts import (
     layer_loads,
     route_batch,
 )
-from sparseq.inspection.routing import RoutingTotals
+from sparseq.inspection.routing import STACKS, RoutingTotals
 from sparseq.inspection.tokens import ExpertTokens, TokenTotals, top_tokens
 from sparseq.modeling_sparseq import SparseqPreTrainedModel
 
-STACKS: tuple[Stack, ...] = ("encoder", "decoder")
 ALL_DATA = "all data"
 
 
@@ -253,4 +252,4 @@ class _Counts:
         )
 
 
-__all__ = ["ALL_DATA", "STACKS", "GroupRouting", "inspect_experts"]
+__all__ = ["ALL_DATA", "GroupRouting", "inspect_experts"]

@@ -17,12 +17,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from sparseq.inspection.routing import LayerLoad, RoutingTotals, Stack, cheap_scores
-from sparseq.modeling_sparseq import until_last_label
+from sparseq.inspection.routing import STACKS, LayerLoad, RoutingTotals, Stack, cheap_scores
+from sparseq.modeling_sparseq import real_targets
 
 logger = logging.get_logger(__name__)
 
-_STACKS: tuple[Stack, ...] = ("encoder", "decoder")
 _REQUESTS = ("output_router_logits", "output_router_indices")
 # Fields of the model's output that are means over label tokens, as is the cross-entropy.
 _ROUTER_LOSSES = ("encoder_aux_loss", "decoder_aux_loss", "encoder_z_loss", "decoder_z_loss")
@@ -229,7 +228,7 @@ class SparseqCallback(TrainerCallback):
             self._pending = _Totals(module)
             self._pending.add(kwargs, output)
         # Nobody else gets what only this callback asked for; Trainer might take it for predictions.
-        hidden = {f"{stack}_{name.removeprefix('output_')}" for stack in _STACKS for name in self._added}
+        hidden = {f"{stack}_{name.removeprefix('output_')}" for stack in STACKS for name in self._added}
         if "output_router_logits" in self._added and not module.training:
             hidden.update(_ROUTER_LOSSES)
         return type(output)(**{name: value for name, value in output.items() if name not in hidden})
@@ -304,7 +303,7 @@ class _Totals:
     def __init__(self, model: Any):
         self.model = model
         self.routing = {
-            stack: RoutingTotals(len(model.config.sparse_layers(stack)), model.config.num_experts) for stack in _STACKS
+            stack: RoutingTotals(len(model.config.sparse_layers(stack)), model.config.num_experts) for stack in STACKS
         }
         # Label tokens, the sum over them of the cross-entropy, and of each of `_ROUTER_LOSSES`.
         self.losses = torch.zeros(2 + len(_ROUTER_LOSSES))
@@ -314,9 +313,8 @@ class _Totals:
         labels = kwargs["labels"]
         losses = _loss_sums(self.model, labels, kwargs.get("num_items_in_batch"), output)
         self.losses = self.losses.to(losses) + losses
-        mask = kwargs.get("decoder_attention_mask")
-        is_real_target = mask.bool() if mask is not None and mask.dim() == 2 else until_last_label(labels)
-        for stack in _STACKS:
+        is_real_target = real_targets(labels, kwargs.get("decoder_attention_mask"))
+        for stack in STACKS:
             # Absent for an encoder whose output was given.
             logits = getattr(output, f"{stack}_router_logits", None)
             indices = getattr(output, f"{stack}_router_indices", None)
@@ -413,9 +411,8 @@ def _loss_sums(model: Any, labels: torch.Tensor, num_items: torch.Tensor | int |
     router = [getattr(output, name, None) for name in _ROUTER_LOSSES]
     means = torch.stack([loss, *(torch.zeros_like(loss) if value is None else value for value in router)])
     if model.training:
-        config = model.config
-        balance = config.router_aux_loss_coef if config.router_balancing == "aux_loss" else 0.0
-        means[0] -= balance * (means[1] + means[2]) + config.router_z_loss_coef * (means[3] + means[4])
+        balance_coef, z_coef = model.router_loss_coefs
+        means[0] -= balance_coef * (means[1] + means[2]) + z_coef * (means[3] + means[4])
     # The model has divided by the label tokens of the whole optimizer step, where it was told them.
     sums = means * (label_tokens if num_items is None else num_items)
     sums = torch.cat([label_tokens[None].to(sums.dtype), sums])
