@@ -11,7 +11,13 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from sparseq import SparseqConfig
-from sparseq.modeling_sparseq import SparseqSparseMLP, make_experts, sorted_experts_forward
+from sparseq.modeling_sparseq import (
+    SparseqSparseMLP,
+    find_groups,
+    grouped_linear,
+    make_experts,
+    sorted_experts_forward,
+)
 from tests.parity.weights import randomize
 from tests.tolerances import assert_close
 
@@ -206,6 +212,23 @@ def test_shared_experts_are_added_for_every_token(implementation: str, shared: i
 def test_sizes_that_the_grouped_product_cannot_take(implementation: str, gated: bool, bias: bool) -> None:
     block = make_block(implementation, gated=gated, bias=bias, sizes=ODD)
     check_block(block, make_states(ODD[0]), padding_mask(), torch.float32)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 16, 17])
+@pytest.mark.parametrize("sizes", [(512, 544), (544, 512), (600, 512)], ids=str)
+def test_weight_gradients_of_large_experts_with_few_tokens(sizes: tuple[int, int], rows: int) -> None:
+    # One expert has `rows` tokens, one a single token and one none; the last rows belong to nobody.
+    outputs, inputs = sizes
+    weight = (torch.randn(3, outputs, inputs) * inputs**-0.5).requires_grad_()
+    states, gradient = torch.randn(rows + 3, inputs), torch.randn(rows + 3, outputs)
+    choices = torch.tensor([0] * rows + [1, 3, 3])
+    assert weight[0].nbytes >= 2**20
+    grouped_linear(states, weight, None, find_groups(choices, 3)).backward(gradient)
+    expected = torch.zeros(weight.shape, dtype=torch.float64)
+    for choice, state, of_output in zip(choices.tolist(), states.double(), gradient.double(), strict=True):
+        if choice < 3:
+            expected[choice] += torch.outer(of_output, state)
+    assert_close(weight.grad, expected, torch.float32)
 
 
 @pytest.mark.parametrize("sizes", [ALIGNED, ODD], ids=["aligned", "odd"])
