@@ -1,8 +1,10 @@
 """What a recipe amounts to, without training: sizes, memory, schedule, and the data if it is there."""
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
+from sparseq.configuration_sparseq import SparseqConfig
 from sparseq.training.recipes import Recipe
 
 _BYTES_PER_TRAINED_PARAMETER = 16
@@ -18,13 +20,14 @@ def describe(recipe: Recipe) -> str:
     """
     config = recipe.model_config()
     total, active = config.num_parameters(), config.num_parameters(active=True)
+    source, target = training_flops(config)
     training = recipe.training
     update = training.tokens_per_batch * training.gradient_accumulation_steps
     lines = [
         f"recipe      {recipe.name}: {recipe.description}",
         f"model       {total:,} parameters, {active:,} active per token (vocabulary {config.vocab_size:,})",
-        # Kaplan et al. 2020, section 2.1: 2 multiply-adds a parameter forward, twice that backward.
-        f"compute     about {6 * active:,} FLOPs a token in training, attention scores not counted",
+        f"compute     {source / 1e6:,.1f} million FLOPs a source token, {target / 1e6:,.1f} million a target token in "
+        "training, attention scores not counted",
         f"memory      {_BYTES_PER_TRAINED_PARAMETER * total / 2**20:,.0f} MiB for weights, gradients and Adam, "
         "activations on top",
         f"batches     {training.tokens_per_batch:,} {training.budget_counts} tokens x "
@@ -37,18 +40,56 @@ def describe(recipe: Recipe) -> str:
     return "\n".join([*lines, *_describe_data(recipe, update)])
 
 
+def training_flops(config: SparseqConfig) -> tuple[int, int]:
+    """
+    Floating-point operations of a training step for each source token and for each target token.
+
+    2 a multiply-add in the matrices that a token meets forward, and twice that backward (Kaplan et al. 2020,
+    arXiv 2001.08361, section 2.1). The products of queries with keys, which grow with the square of the length, are
+    left out, and so are look-ups, norms and activations.
+    """
+    d = config.d_model
+    source = target = 0
+    for stack in ("encoder", "decoder"):
+        is_encoder = stack == "encoder"
+        heads = config.encoder_attention_heads if is_encoder else config.decoder_attention_heads
+        kv_heads = config.encoder_num_key_value_heads if is_encoder else config.decoder_num_key_value_heads
+        layers = config.encoder_layers if is_encoder else config.decoder_layers
+        queries, keys = 2 * d * d, 2 * d * (d // heads * kv_heads)
+        matrices = 3 if config.gated_ffn else 2
+        expert = matrices * d * config.expert_ffn_dim
+        dense = matrices * d * (config.encoder_ffn_dim if is_encoder else config.decoder_ffn_dim)
+        sparse = d * config.num_experts + (config.num_experts_per_tok + config.num_shared_experts) * expert
+        num_sparse = len(config.sparse_layers(stack))
+        own = layers * (queries + keys) + num_sparse * sparse + (layers - num_sparse) * dense
+        if is_encoder:
+            source += own
+        else:
+            # Cross-attention: its queries belong to the target, its keys and values to the source.
+            target += own + layers * queries + d * config.vocab_size
+            source += layers * keys
+    return 6 * source, 6 * target
+
+
 def _describe_data(recipe: Recipe, update: int) -> list[str]:
     from sparseq.training.run import locate_data, read_splits
 
     with tempfile.TemporaryDirectory() as scratch:
         data = locate_data(recipe, Path(scratch))
-        texts = read_splits(data)
+        texts = read_splits(data, Path(scratch))
+        words = {split: [_words(side) for side in (text.sources, text.targets)] for split, text in texts.items()}
     lines = []
-    for text in texts.values():
-        words = [sum(len(line.split()) for line in side) / max(1, len(side)) for side in (text.sources, text.targets)]
-        lines.append(f"data        {text.report}; {words[0]:.1f} and {words[1]:.1f} words a sentence")
+    for split, text in texts.items():
+        head, *details = str(text.report).splitlines()
+        source_words, target_words = (count / max(1, len(text)) for count in words[split])
+        lines.append(f"data        {head}; {source_words:.1f} and {target_words:.1f} words a sentence")
+        lines += [f"            {line}" for line in details]
     # Subwords are not known before the tokenizer is trained, so this is in words.
-    target_words = sum(len(line.split()) for line in texts[data.train].targets)
+    target_words = words[data.train][1]
     epochs = recipe.training.max_steps * update / max(1, target_words)
     lines.append(f"epochs      at most {epochs:,.1f} (a word has one token or more)")
     return lines
+
+
+def _words(lines: Iterable[str]) -> int:
+    return sum(len(line.split()) for line in lines)
