@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from sparseq.inspection.routing import STACKS, LayerLoad, RoutingTotals, Stack, cheap_scores
 from sparseq.modeling_sparseq import real_targets
+from sparseq.training.lora import refuse_frozen_experts
 
 logger = logging.get_logger(__name__)
 
@@ -45,7 +46,8 @@ class SparseqCallback(TrainerCallback):
       (see `docs/training.md` for the keys);
     - evaluation and prediction metrics carry the same, so that `metric_for_best_model` may name them;
     - an expert that got no token since the last log is warned of;
-    - `label_smoothing_factor`, which would drop the router losses, is refused.
+    - `label_smoothing_factor`, which would drop the router losses, is refused, and so is a PEFT adapter that leaves
+      all experts frozen without saying so (see `sparseq.training.lora`).
 
     Add it to any Trainer, `Seq2SeqTrainer(..., callbacks=[SparseqCallback()])`; `SparseqTrainer` has it. Trainer calls
     its reporters (TensorBoard, W&B, ...) before the callbacks it is given, so for them use `install` instead.
@@ -58,8 +60,8 @@ class SparseqCallback(TrainerCallback):
         log_load_per_expert: Log the load of each expert; otherwise, and beyond 64 experts, the least and the largest.
 
     Raises:
-        ValueError: when the Trainer is made or training begins, if `label_smoothing_factor` is set, or if a loss-free
-            model is to be trained by `nn.DataParallel`.
+        ValueError: when the Trainer is made or training begins, if `label_smoothing_factor` is set, if an adapter
+            forgets the experts, or if a loss-free model is to be trained by `nn.DataParallel`.
     """
 
     def __init__(self, *, log_layers: bool = True, log_load_per_expert: bool = True) -> None:
@@ -185,6 +187,7 @@ class SparseqCallback(TrainerCallback):
         if found is None:
             return
         refuse_label_smoothing(args)
+        refuse_frozen_experts(model)
         if args.n_gpu > 1:
             # nn.DataParallel: what a replica counts is lost with it.
             if found.config.router_balancing == "loss_free":

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, Seq2SeqTrainer, TrainerCallback, TrainerControl, TrainerState
 
@@ -19,6 +19,7 @@ from sparseq import SparseqForConditionalGeneration
 from sparseq.data.collation import TokenizedPairs
 from sparseq.inspection.experts import expert_load
 from sparseq.training.callback import SparseqCallback, find_sparse_model
+from sparseq.training.lora import lora_config
 from sparseq.training.trainer import SparseqTrainer, SparseqTrainingArguments
 from tests.modeling.test_losses import slow_cross_entropy, slow_router_losses
 from tests.tiny import tiny_model
@@ -244,7 +245,7 @@ def test_prediction_without_labels_leaves_nothing_to_the_next_evaluation(tmp_pat
 
 def adapted(model: SparseqForConditionalGeneration) -> Any:
     torch.manual_seed(0)
-    return get_peft_model(model, LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, target_modules=["q_proj", "v_proj"]))
+    return get_peft_model(model, lora_config(model, "attention", rank=4))
 
 
 class _Wrapped(torch.nn.Module):

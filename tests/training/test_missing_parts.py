@@ -14,7 +14,7 @@ from tests.tiny import label_batch, source_batch, tiny_model
 from tests.training.stock import examples, stock_trainer
 
 OPTIMIZERS = ["adamw_torch_fused", "adamw_torch", "sgd", "adafactor"]
-LORA = {"r": 2, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"]}
+LORA = {"r": 2, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"], "exclude_modules": ["experts"]}
 
 
 def loss_free_model() -> SparseqForConditionalGeneration:

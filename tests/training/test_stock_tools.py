@@ -1,5 +1,6 @@
-"""The ecosystem's own tools, as a user's script has them: Seq2SeqTrainer, Accelerate, PEFT; nothing of ours but the
-model."""
+"""The ecosystem's own tools, as a user's script has them: Seq2SeqTrainer, Accelerate; nothing of ours but the model.
+
+PEFT is in test_lora.py."""
 
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import EvalPrediction
 
-from sparseq import SparseqForConditionalGeneration
 from tests.tiny import tiny_model
 from tests.tolerances import assert_close
 from tests.training.stock import Collator, examples, stock_trainer
@@ -54,37 +53,3 @@ def test_a_plain_accelerate_loop_gets_the_mean() -> None:
     assert prepared(**batch).loss < first
     alone = tiny_model(initializer_range=None).train()(**batch).loss
     assert_close(first, alone, torch.float32)
-
-
-@pytest.mark.parametrize("experts", ["sparseq", "eager", "grouped_mm", "batched_mm"])
-def test_lora_reaches_attention_and_stacked_experts(experts: str, tmp_path: Path) -> None:
-    def base() -> SparseqForConditionalGeneration:
-        model = tiny_model(tie_word_embeddings=False)
-        model.set_experts_implementation(experts)
-        return model
-
-    adapters = LoraConfig(
-        task_type="SEQ_2_SEQ_LM",
-        r=4,
-        target_modules=["q_proj", "v_proj"],
-        target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
-    )
-    torch.manual_seed(0)
-    model = get_peft_model(base(), adapters).train()
-    batch = Collator()(examples())
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(**batch).loss.backward()
-        optimizer.step()
-    trained = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is not None]
-    assert any("experts" in name for name in trained)
-    assert any("q_proj" in name for name in trained)
-    model.eval()
-    expected = model(**batch).logits
-    assert not torch.allclose(expected, base()(**batch).logits, atol=1e-3)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
-    assert_close(loaded(**batch).logits, expected, torch.float32)
-    merged = model.merge_and_unload()
-    assert_close(merged(**batch).logits, expected, torch.float32)
