@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from interleave import interleave, ratios, setting  # type: ignore[import-not-found]  # it lies beside this script
-from sacrebleu.metrics.bleu import BLEU
-from sacrebleu.metrics.chrf import CHRF
-from sacrebleu.significance import PairedTest
 from transformers import AutoModelForSeq2SeqLM
 
 from sparseq.data.parallel import read_parallel
+from sparseq.metrics.corpus import Bleu, Chrf
+from sparseq.metrics.scoring import paired_differences, score_predictions
 from sparseq.training.allocator import keep_freed_memory
 from sparseq.training.recipes import load_recipe
 from sparseq.training.run import train
@@ -128,14 +127,16 @@ def _paired(folder: Path, base: Path) -> dict[str, float] | None:
         return None
     data = json.loads((folder / "manifest.json").read_text("utf-8"))["recipe"]["data"]
     references = read_parallel(data["folder"], TEST, "en", "de").targets
-    systems: list[tuple[str, Sequence[str]]] = [
-        (run.name, (run / f"{TEST}.de.translated").read_text("utf-8").splitlines()) for run in (base, folder)
-    ]
-    metrics = {"bleu": BLEU(), "chrf": CHRF()}
-    _, scores = PairedTest(systems, metrics, [references], test_type="bs", n_samples=1000)()
-    # Under "System" are the names, then come the metrics in the order given; the baseline is first.
-    values: list[Any] = [results[1] for name, results in scores.items() if name != "System"]
-    return {name: value.p_value for name, value in zip(metrics, values, strict=True)}
+    system, baseline = (
+        score_predictions(
+            (run / f"{TEST}.de.translated").read_text("utf-8").splitlines(),
+            references,
+            [Bleu(), Chrf()],
+            bootstrap=1000,
+        )
+        for run in (folder, base)
+    )
+    return {figure: test.p_value for figure, test in paired_differences(system, baseline).items()}
 
 
 def _training_step(folder: Path) -> tuple[Callable[[], None], int]:

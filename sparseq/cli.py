@@ -38,9 +38,11 @@ COMMANDS: dict[str, Command] = {
 EXTRAS = {
     "accelerate": "train",
     "datasets": "train",
+    "pyarrow": "train",
     "sacrebleu": "train",
     "peft": "peft",
     "evaluate": "eval",
+    "rouge_score": "eval",
     "matplotlib": "plot",
 }
 """Packages that only some users need, and the extra of ours that installs each."""

@@ -1,0 +1,1 @@
+"""One file for each metric, as `evaluate.load` wants it; see `sparseq.metrics.load`."""
