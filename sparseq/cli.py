@@ -30,7 +30,8 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "demo": Command("sparseq.demo", "train, score, translate, save and reload a small sparse model"),
     "train": Command("sparseq.training.train_command", "train a model from a recipe"),
-    "score": Command("sparseq.metrics.score_command", "translate a test set with a trained model and score it"),
+    "score": Command("sparseq.metrics.score_command", "score a trained model on a test set, alone or against another"),
+    "average": Command("sparseq.training.average_command", "average the weights of several checkpoints"),
     "train-tokenizer": Command("sparseq.training.tokenizer_command", "train a tokenizer on text files or a dataset"),
     "inspect": Command("sparseq.inspection.inspect_command", "what the experts of a trained model do"),
 }
@@ -57,6 +58,8 @@ examples:
                                      train on corpus/{train,val}.{en,de}
   sparseq score outputs/tiny --data corpus --source en --target de
                                      BLEU and chrF of its translations of corpus/test.en
+  sparseq average outputs/tiny --last 5 --output outputs/average
+                                     the mean of the weights of its last five checkpoints
   sparseq train-tokenizer train.en train.de --language de --output tokenizer
                                      one tokenizer for both languages, with the tag <2de>
   sparseq inspect experts outputs/tiny --data corpus --source en --target de
