@@ -212,7 +212,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         text = _read(args, Path(folder))
     tokenizer = train_tokenizer([*text.sources, *text.targets], vocab_size=VOCABULARY, language_tags=[args.target])
-    pairs, _ = tokenize_pairs(tokenizer, text, max_length=MAX_LENGTH, drop_long=True)
+    pairs, _ = tokenize_pairs(tokenizer, text, max_length=MAX_LENGTH)
 
     shares = {}
     with tempfile.TemporaryDirectory() as folder:

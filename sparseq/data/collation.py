@@ -1,40 +1,90 @@
 """Tokenised sentence pairs as a dataset, and their collation into padded batches."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import hashlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from sparseq.data.cleaning import Defect, Policy, count_defect, refuse_defects
 from sparseq.data.parallel import ParallelReport, ParallelText
+from sparseq.data.store import Store, build, content_key
 
 LABEL_PADDING = -100
 
+# Raised when the same input would give another table.
+_FORMAT = 1
+_SCHEMA = pa.schema([("input_ids", pa.list_(pa.int32())), ("labels", pa.list_(pa.int32()))])
+# Sentences tokenised at once: enough for the tokenizer's threads, little memory.
+_BATCH_PAIRS = 5_000
+
 
 class TokenizedPairs(Dataset[dict[str, list[int]]]):
-    """Sentence pairs as token ids, with the lengths that batching needs.
+    """Sentence pairs as token ids, with the lengths that batching needs. Only the lengths are held in memory where
+    the ids lie on disk.
 
     Attributes:
-        source_ids: Ids of each source, end of sentence included.
-        target_ids: Ids of each target, end of sentence included: the unshifted labels.
-        source_lengths: Length of each source in tokens.
-        target_lengths: Length of each target in tokens.
+        source_lengths: Length of each source in tokens, end of sentence included.
+        target_lengths: Length of each target in tokens, end of sentence included.
     """
 
     def __init__(self, source_ids: Sequence[list[int]], target_ids: Sequence[list[int]]) -> None:
+        """Make a dataset in memory.
+
+        Args:
+            source_ids: Ids of each source, end of sentence included.
+            target_ids: Ids of each target, end of sentence included: the unshifted labels.
+        """
+        import datasets
+
         if len(source_ids) != len(target_ids):
             raise ValueError(f"There are {len(source_ids)} sources and {len(target_ids)} targets.")
-        self.source_ids = list(source_ids)
-        self.target_ids = list(target_ids)
-        self.source_lengths = [len(ids) for ids in self.source_ids]
-        self.target_lengths = [len(ids) for ids in self.target_ids]
+        columns = [pa.array(list(ids), _SCHEMA.field(0).type) for ids in (source_ids, target_ids)]
+        self._open(datasets.Dataset(pa.Table.from_arrays(columns, schema=_SCHEMA)))
+
+    @classmethod
+    def from_table(cls, table: Any) -> "TokenizedPairs":
+        """A dataset of a `datasets.Dataset` with the columns "input_ids" and "labels"."""
+        pairs = cls.__new__(cls)
+        pairs._open(table)
+        return pairs
+
+    def _open(self, table: Any) -> None:
+        self._rows = table.with_format("arrow")
+        self.source_lengths, self.target_lengths = (
+            np.concatenate([np.diff(chunk.offsets) for chunk in table.data.column(name).chunks] or [np.zeros(0)])
+            for name in _SCHEMA.names
+        )
+
+    @property
+    def source_ids(self) -> list[list[int]]:
+        """All sources, in memory."""
+        return self._rows[:].column("input_ids").to_pylist()
+
+    @property
+    def target_ids(self) -> list[list[int]]:
+        """All targets, in memory."""
+        return self._rows[:].column("labels").to_pylist()
 
     def __len__(self) -> int:
-        return len(self.source_ids)
+        return len(self.source_lengths)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return {"input_ids": self.source_ids[index], "labels": self.target_ids[index]}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, list[int]]]:
+        """Several pairs at once, which is how a `DataLoader` asks for a batch."""
+        rows: list[dict[str, list[int]]] = self._rows[list(indices)].to_pylist()
+        return rows
 
 
 def tokenize_pairs(
@@ -42,43 +92,102 @@ def tokenize_pairs(
     text: ParallelText,
     *,
     max_length: int,
-    drop_long: bool,
+    policy: Policy | None = None,
     source_prefix: str = "",
+    store: Store | None = None,
+    progress: bool = False,
 ) -> tuple[TokenizedPairs, ParallelReport]:
-    """Tokenise parallel text.
+    """Tokenise parallel text, once: `store` has the result the next time.
 
     Args:
         tokenizer: Tokenizer that appends the end of sentence to sources and targets alike.
         text: The sentences.
         max_length: Longest side in tokens, end of sentence included.
-        drop_long: True leaves out pairs with a longer side (training); False truncates them (evaluation of the loss).
+        policy: What happens to pairs with a longer side, and to pairs one side of which is more than
+            `max_length_ratio` times as long as the other.
         source_prefix: Put before every source, such as the language tag "<2de> ".
+        store: Keeps the ids on disk. None: in memory.
+        progress: Show a progress bar.
 
     Returns:
-        The dataset, and the report of `text` with the over-long pairs counted.
+        The dataset, and the report of `text` with these pairs counted.
 
     Raises:
-        ValueError: No pair is short enough.
+        ValueError: No pair is short enough, or some are to be refused.
     """
-    source_ids = tokenizer([source_prefix + source for source in text.sources], verbose=False)["input_ids"]
-    target_ids = tokenizer(text_target=text.targets, verbose=False)["input_ids"]
-    lengths = [max(len(s), len(t)) for s, t in zip(source_ids, target_ids, strict=True)]
-    too_long = sum(length > max_length for length in lengths)
-    if drop_long and too_long:
-        if too_long == len(lengths):
+    policy = policy or Policy()
+    key, entry = "", None
+    if store is not None:
+        made_of = {"prefix": source_prefix, "max_length": max_length, "tokenizer": tokenizer_hash(tokenizer)}
+        key = f"tokens-{content_key(format=_FORMAT, text=text.key, policy=asdict(policy), **made_of)}"
+        entry = store.get(key)
+    if entry is None:
+        entry = _tokenize(tokenizer, text, max_length, policy, source_prefix, store, key, progress)
+    table, note = entry
+    defects = {kind: Defect(**{**values, "lines": tuple(values["lines"])}) for kind, values in note.items()}
+    report = replace(text.report, defects={**text.report.defects, **defects}, kept=len(table))
+    return TokenizedPairs.from_table(table), report
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    text: ParallelText,
+    max_length: int,
+    policy: Policy,
+    prefix: str,
+    store: Store | None,
+    key: str,
+    progress: bool,
+) -> tuple[Any, dict[str, Any]]:
+    defects: dict[str, Defect] = {}
+    shortest = max_length + 1
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        nonlocal shortest
+        label = f"tokenizing {text.report.split}"
+        # A fast tokenizer divides a batch among its own threads.
+        with tqdm(total=len(text), desc=label, unit=" pairs", disable=None if progress else True, leave=False) as bar:
+            for start in range(0, len(text), _BATCH_PAIRS):
+                rows = slice(start, start + _BATCH_PAIRS)
+                texts = [prefix + source for source in text.sources[rows]]
+                sources = tokenizer(texts, verbose=False)["input_ids"]
+                targets = tokenizer(text_target=list(text.targets[rows]), verbose=False)["input_ids"]
+                kept: tuple[list[list[int]], list[list[int]]] = ([], [])
+                for row, pair in enumerate(zip(sources, targets, strict=True), start=start):
+                    longest, other = max(map(len, pair)), min(map(len, pair))
+                    shortest = min(shortest, longest)
+                    kinds = ["too_long"] if longest > max_length else []
+                    kinds += ["unbalanced"] if longest > policy.max_length_ratio * other else []
+                    for kind in kinds:
+                        count_defect(defects, kind, text.line(row), policy.action(kind))
+                    if not any(policy.action(kind) == "skip" for kind in kinds):
+                        for column, ids in zip(kept, pair, strict=True):
+                            # The last id is the end of sentence, which a truncated sentence keeps.
+                            column.append(ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]])
+                bar.update(len(sources))
+                yield pa.record_batch([pa.array(ids, f.type) for ids, f in zip(kept, _SCHEMA, strict=True)], _SCHEMA)
+
+    def finish(table: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        refuse_defects(defects, f"{text.report.split} in tokens", text.report.unit)
+        if not len(table):
             raise ValueError(
-                f"All {too_long:,} pairs of {text.report.split} have a side of more than {max_length} tokens (the "
-                f"shortest pair has {min(lengths)}). Raise `data.max_length`."
+                f"All {len(text):,} pairs of {text.report.split} have a side of more than {max_length} tokens (the "
+                f"shortest pair has {shortest}) or are left out as unbalanced. Raise `data.max_length`."
             )
-        keep = [length <= max_length for length in lengths]
-        source_ids = [ids for ids, kept in zip(source_ids, keep, strict=True) if kept]
-        target_ids = [ids for ids, kept in zip(target_ids, keep, strict=True) if kept]
-    elif too_long:
-        # The last id is the end of sentence, which a truncated sentence keeps.
-        source_ids = [ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]] for ids in source_ids]
-        target_ids = [ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]] for ids in target_ids]
-    pairs = TokenizedPairs(source_ids, target_ids)
-    return pairs, replace(text.report, too_long=too_long, kept=len(pairs))
+        return np.ones(len(table), dtype=bool), {kind: asdict(defect) for kind, defect in sorted(defects.items())}
+
+    return build(store, key, _SCHEMA, batches(), finish)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over the files of a tokenizer and the versions of what runs it."""
+    digest = hashlib.sha256(f"{metadata.version('tokenizers')} {metadata.version('transformers')}".encode())
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        for path in sorted(Path(scratch).rglob("*")):
+            if path.is_file():
+                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

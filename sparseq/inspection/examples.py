@@ -1,26 +1,18 @@
 """Reading the text that a model is inspected on: tables, aligned plain files, or a folder of splits, in groups."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sparseq.data.parallel import read_parallel, split_lines
+from sparseq.data.lines import read_lines
+from sparseq.data.parallel import read_parallel
+from sparseq.data.sources import FilePair
+from sparseq.data.tables import column_names, is_table, open_files
 from sparseq.tokenization_sparseq import source_prefix
-
-# Ending of a file (before .gz) -> the builder of `datasets` that reads it, and its options. Without
-# `keep_default_na=False` a sentence such as "None" or "NA" would be a missing value.
-_TABLES: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".ndjson": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
-    ".parquet": ("parquet", {}),
-}
 
 # A column with more values than this names examples, not groups of them.
 MAX_GROUPS = 256
@@ -125,7 +117,7 @@ class DataOptions:
             return "folder"
         if not self.path.is_file():
             raise FileNotFoundError(f"--data {self.path}: there is no such file or folder.")
-        return "table" if _ending(self.path) in _TABLES else "plain text"
+        return "table" if is_table(self.path) else "plain text"
 
 
 def read_groups(data: Sequence[DataOptions], max_examples: int = 1000) -> list[Group]:
@@ -167,30 +159,27 @@ def _read_folder(options: DataOptions, limit: int | None) -> list[Group]:
 
 
 def _read_plain(options: DataOptions, limit: int | None) -> list[Group]:
-    sources = split_lines(options.path, options.path.read_bytes())
-    targets, language = None, None
-    if options.target is not None:
-        other = Path(options.target)
-        if not other.is_file():
-            raise FileNotFoundError(
-                f"--target {other}: there is no such file. For the plain text {options.path}, --target names the file "
-                "with the translation of each of its lines."
-            )
-        targets = split_lines(other, other.read_bytes())
-        if len(sources) != len(targets):
-            raise ValueError(
-                f"{options.path} has {len(sources):,} lines and {other} has {len(targets):,}: line i of one must "
-                "translate line i of the other."
-            )
-        language = _without_gz(other).suffix.removeprefix(".") or None
-    return [_from_lines(options, _without_gz(options.path).name, sources, targets, language, limit)]
+    name = _without_gz(options.path).name
+    if options.target is None:
+        return [_from_lines(options, name, read_lines(options.path), None, None, limit)]
+    other = Path(options.target)
+    if not other.is_file():
+        raise FileNotFoundError(
+            f"--target {other}: there is no such file. For the plain text {options.path}, --target names the file "
+            "with the translation of each of its lines."
+        )
+    # Both files are read to the end, so that a shift between them is noticed.
+    pairs = [pair for batch in FilePair(options.path, other).batches() for pair in zip(*batch, strict=True)]
+    language = _without_gz(other).suffix.removeprefix(".") or None
+    sources, targets = ([str(side) for side in sides] for sides in zip(*pairs, strict=True))
+    return [_from_lines(options, name, sources, targets, language, limit)]
 
 
 def _from_lines(
     options: DataOptions,
     name: str,
-    sources: list[str],
-    targets: list[str] | None,
+    sources: Iterable[str],
+    targets: Sequence[str] | None,
     language: str | None,
     limit: int | None,
 ) -> Group:
@@ -206,9 +195,10 @@ def _from_lines(
 def _read_table(options: DataOptions, limit: int | None) -> list[Group]:
     groups: dict[str, Group] = {}
     target_column: str | None = None
-    for row, record in enumerate(_records(options.path)):
+    table = open_files([options.path], text_columns=[options.source_column, options.target_column or "target"])
+    for row, record in enumerate(table.records()):
         if row == 0:
-            target_column = _check_columns(options, list(record), record)
+            target_column = _check_columns(options, column_names(table.schema()))
         name = options.path.name if options.by is None else _label(_field(record, options.by))
         if name not in groups:
             if len(groups) == MAX_GROUPS:
@@ -230,7 +220,7 @@ def _read_table(options: DataOptions, limit: int | None) -> list[Group]:
     return list(groups.values())
 
 
-def _check_columns(options: DataOptions, columns: list[str], record: dict[str, Any]) -> str | None:
+def _check_columns(options: DataOptions, columns: list[str]) -> str | None:
     """Refuse columns that are not there; returns the column of the targets."""
     for option, name in (
         ("--source-column", options.source_column),
@@ -238,35 +228,12 @@ def _check_columns(options: DataOptions, columns: list[str], record: dict[str, A
         ("--tag-column", options.tag_column),
         ("--by", options.by),
     ):
-        if name is not None and name not in columns and not _has_field(record, name):
+        if name is not None and name not in columns:
             raise ValueError(
                 f"{option} {name}: {options.path} has no such column. Its columns: {', '.join(columns)}. Name the one "
                 f"you mean with {option}."
             )
     return options.target_column or ("target" if "target" in columns else None)
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a table, one after another, without a copy in the cache of `datasets`."""
-    if path.stat().st_size == 0:
-        return
-    import datasets
-
-    builder, options = _TABLES[_ending(path)]
-    verbosity = datasets.logging.get_verbosity()
-    # What goes wrong is told below, once.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield from datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True, **options)
-    except (ValueError, OSError, EOFError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{path} cannot be read as {builder.upper()}: {error}") from error
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-
-
-def _has_field(record: dict[str, Any], name: str) -> bool:
-    column, _, inner = name.partition(".")
-    return isinstance(record.get(column), dict) and inner in record[column]
 
 
 def _field(record: dict[str, Any], name: str) -> Any:
@@ -295,10 +262,6 @@ def _label(value: Any) -> str:
 
 def _without_gz(path: Path) -> Path:
     return path.with_suffix("") if path.suffix == ".gz" else path
-
-
-def _ending(path: Path) -> str:
-    return _without_gz(path).suffix.lower()
 
 
 def _make_names_unique(groups: Sequence[Group], data: Sequence[DataOptions]) -> None:

@@ -15,6 +15,8 @@ from huggingface_hub.dataclasses import strict, type_validator
 from huggingface_hub.errors import StrictDataclassError
 
 from sparseq.configuration_sparseq import SparseqConfig
+from sparseq.data.cleaning import Policy
+from sparseq.data.sources import PairPlace, parse_pair
 from sparseq.resources import resource_path
 
 # Decided by the tokenizer, whose special tokens have fixed ids.
@@ -26,6 +28,22 @@ _TOKENIZER_DECIDES = {
     "decoder_start_token_id": None,
     "is_encoder_decoder": None,
 }
+
+# All that may differ from a checkpoint that a run starts from: what acts in training only.
+_CHANGEABLE = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "expert_dropout",
+    "expert_output_masking",
+    "router_jitter_noise",
+    "router_balancing",
+    "router_balancing_scope",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+    "router_bias_update_rate",
+    "label_smoothing",
+)
 
 T = TypeVar("T")
 
@@ -40,6 +58,56 @@ def _not_negative(section: object, *names: str) -> None:
     for name in names:
         if getattr(section, name) < 0:
             raise ValueError(f"`{name}` must not be negative, but is {getattr(section, name)}")
+
+
+@strict
+@dataclass(frozen=True)
+class StartRecipe:
+    """A checkpoint to go on from: fine-tuning. Architecture and tokenizer are the checkpoint's.
+
+    Attributes:
+        checkpoint: Folder or Hub id of a Sparseq model with its tokenizer.
+        revision: Branch, tag or commit of a Hub id.
+        add_language_tags: Give the checkpoint tags, and embeddings for them, of target languages that it does not
+            know. Otherwise such a language is refused.
+    """
+
+    checkpoint: str | None = None
+    revision: str | None = None
+    add_language_tags: bool = False
+
+
+@strict
+@dataclass(frozen=True)
+class LoraRecipe:
+    """Train an adapter (LoRA) of the checkpoint instead of all its weights.
+
+    Attributes:
+        preset: What is adapted: "attention", "experts" (routed and shared) or "all" (both, and dense feed-forward).
+        rank: Rank of each update.
+        alpha: The update is scaled by alpha / rank; None means 2 * rank.
+        dropout: Dropout of the adapter's input; stacked experts cannot have it.
+        train_routers: Train the routers whole, and save them in the adapter.
+        save_merged: Write the model with the adapter merged into its weights, to the folder "merged".
+    """
+
+    preset: Literal["attention", "experts", "all"] = "all"
+    rank: int = 8
+    alpha: float | int | None = None
+    dropout: float | int = 0.0
+    train_routers: bool = False
+    save_merged: bool = True
+
+    def validate_values(self) -> None:
+        """Refuse values out of range."""
+        _positive(self, "rank", *(["alpha"] if self.alpha is not None else []))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be at least 0 and below 1, but is {self.dropout}")
+        if self.dropout and self.preset == "experts":
+            raise ValueError(
+                f'`dropout` is {self.dropout}, but preset "experts" adapts stacked weights, which have no input of '
+                "their own to drop; leave it out"
+            )
 
 
 @strict
@@ -73,32 +141,136 @@ class TokenizerRecipe:
 @strict
 @dataclass(frozen=True)
 class DataRecipe:
-    """Parallel text: files `{split}.{language}`, plain or gzip-compressed, one sentence a line.
+    """Parallel text: a folder of aligned files, a dataset, or named files; of one language pair or of several.
 
     Attributes:
-        folder: Folder with the files.
-        source: Language (file suffix) to translate from.
-        target: Language (file suffix) to translate into.
+        folder: Folder with files `{split}.{language}`, plain or gzip-compressed, one sentence a line.
+        dataset: Instead of a folder: id of a dataset of the Hub, a folder that `save_to_disk` or `datasets` can read,
+            or a table (.json, .jsonl, .csv, .tsv, .parquet, .arrow, each also .gz).
+        dataset_config: Configuration of the dataset, where it has several.
+        source: Language to translate from: the suffix of the files, or the column.
+        target: Language to translate into; its tag is put before the sources. A table may go without.
+        source_column: Column with the sources; `translation.en` is a field. Default: the one named `source` says,
+            or `translation.{source}`, or "source".
+        target_column: Column with the targets; likewise.
+        pairs: Several language pairs in one run, such as [en-de, en-fr, de-en]. An entry may be a mapping with the
+            keys of this section that say where the text lies, where a pair's differ from the others'.
+        temperature: How often pairs of several are drawn: in proportion to their size to the power 1 / temperature. At
+            1 every sentence comes once an epoch; above, sentences of the smaller pairs come several times.
         train: Name of the training split.
         validation: Name of the validation split.
         test: Name of the split that is translated and scored at the end; None scores the validation split.
-        max_length: Longest side in tokens, end of sentence included; longer training pairs are dropped.
-        generated_pairs: Above 0, and with no folder: train on that many pairs of the generated grammar corpus.
+        train_files, validation_files, test_files: Files of a split, before folder and dataset: two aligned text files,
+            source first, or one table or more.
+        streaming: Read a dataset of the Hub over the network, without downloading all of it first.
+        max_pairs: The first so many training pairs of each language pair are used; 0 uses all.
+        tokenizer_sentences: The tokenizer is trained on at most so many sentences, evenly spaced; it holds them in
+            memory.
+        max_length: Longest side in tokens, end of sentence included.
+        max_length_ratio: A pair one side of which has more than this many times the tokens of the other is unbalanced.
+        if_empty, if_not_utf8, if_replacement_character, if_identical, if_duplicate, if_too_long, if_unbalanced: What
+            happens to training pairs with this defect: "skip", "keep", "refuse" (stop with a message), "truncate".
+            Validation and test keep every line.
+        generated_pairs: Above 0, and with no other text: train on that many pairs of the generated grammar corpus.
     """
 
     folder: str | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
     source: str | None = None
     target: str | None = None
+    source_column: str | None = None
+    target_column: str | None = None
+    pairs: list[str | dict[str, Any]] | None = None
+    temperature: float | int = 1.0
     train: str = "train"
     validation: str = "val"
     test: str | None = None
+    train_files: str | list[str] | None = None
+    validation_files: str | list[str] | None = None
+    test_files: str | list[str] | None = None
+    streaming: bool = False
+    max_pairs: int = 0
+    tokenizer_sentences: int = 5_000_000
     max_length: int = 256
+    max_length_ratio: float | int = 9.0
+    if_empty: Literal["skip", "keep", "refuse"] = "skip"
+    if_not_utf8: Literal["skip", "refuse"] = "refuse"
+    if_replacement_character: Literal["skip", "keep", "refuse"] = "keep"
+    if_identical: Literal["skip", "keep", "refuse"] = "keep"
+    if_duplicate: Literal["skip", "keep", "refuse"] = "keep"
+    if_too_long: Literal["skip", "truncate", "refuse"] = "skip"
+    if_unbalanced: Literal["skip", "keep", "refuse"] = "keep"
     generated_pairs: int = 0
 
     def validate_values(self) -> None:
-        """Refuse values out of range."""
-        _positive(self, "max_length")
-        _not_negative(self, "generated_pairs")
+        """Refuse values out of range, and places that exclude each other."""
+        _positive(self, "max_length", "tokenizer_sentences")
+        _not_negative(self, "generated_pairs", "max_pairs")
+        for name in ("temperature", "max_length_ratio"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}")
+        if self.folder is not None and self.dataset is not None:
+            raise ValueError(f"give `folder` ({self.folder}) or `dataset` ({self.dataset}), not both")
+        if self.pairs is not None and (self.source is not None or self.target is not None):
+            raise ValueError("give `pairs`, or `source` and `target`, not both")
+        self.places()
+
+    def policy(self) -> Policy:
+        """What happens to defective training pairs."""
+        actions = {name.removeprefix("if_"): getattr(self, name) for name in vars(self) if name.startswith("if_")}
+        return Policy(**actions, max_length_ratio=float(self.max_length_ratio))
+
+    def places(self) -> list[PairPlace]:
+        """Where each language pair lies; one, without languages, where none are named.
+
+        Raises:
+            ValueError: An entry of `pairs` is no language pair, or occurs twice.
+        """
+        if self.pairs is None:
+            return [self._place({})]
+        if not self.pairs:
+            raise ValueError("`pairs` is empty; give language pairs such as [en-de, de-en], or leave it out")
+        places = [self._place(_pair_entry(entry)) for entry in self.pairs]
+        names = [place.name for place in places]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"`pairs` has {', '.join(repeated)} more than once")
+        return places
+
+    def _place(self, entry: Mapping[str, Any]) -> PairPlace:
+        values = {name: getattr(self, name) for name in _PLACE_KEYS} | dict(entry)
+        # What an entry says takes the place of what the section says.
+        if "folder" in entry or "dataset" in entry:
+            for name in ("folder", "dataset", "dataset_config"):
+                values[name] = entry.get(name)
+        files = []
+        for key, split in _FILE_KEYS.items():
+            named = values.pop(key)
+            if named:
+                files.append((getattr(self, split) or split, (named,) if isinstance(named, str) else tuple(named)))
+        return PairPlace(**values, files=tuple(files), streaming=self.streaming)
+
+
+_FILE_KEYS = {"train_files": "train", "validation_files": "validation", "test_files": "test"}
+_PLACE_KEYS = (
+    *("source", "target", "folder", "dataset", "dataset_config", "source_column", "target_column"),
+    *_FILE_KEYS,
+)
+
+
+def _pair_entry(entry: str | Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of `pairs` as the keys it sets."""
+    if isinstance(entry, str):
+        source, target = parse_pair(entry)
+        return {"source": source, "target": target}
+    _refuse_unknown(entry, _PLACE_KEYS, f"an entry of `pairs`, {dict(entry)},")
+    if not (isinstance(entry.get("source"), str) and isinstance(entry.get("target"), str)):
+        raise ValueError(f"an entry of `pairs` needs `source` and `target`, but is {dict(entry)}")
+    for key, value in entry.items():
+        if not isinstance(value, str) and not (key in _FILE_KEYS and isinstance(value, list)):
+            raise ValueError(f"`{key}` of an entry of `pairs` must be a name, but is {value!r}")
+    return dict(entry)
 
 
 @strict
@@ -182,8 +354,11 @@ class Recipe:
     Attributes:
         name: Name of the file without its ending.
         description: One line for `sparseq train --list`.
-        model: Arguments of `SparseqConfig`, the vocabulary and its special tokens excepted.
+        model: Arguments of `SparseqConfig`, the vocabulary and its special tokens excepted. With `start` only those
+            that act in training alone.
         tokenizer, data, training, decoding: The other sections.
+        start: A checkpoint to fine-tune; None trains from scratch.
+        lora: The adapter to train instead of all weights; None trains them all.
         seed: Seed of the weights, the order of the data and dropout.
     """
 
@@ -194,14 +369,21 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
     decoding: DecodingRecipe = field(default_factory=DecodingRecipe)
+    start: StartRecipe | None = None
+    lora: LoraRecipe | None = None
     seed: int = 1
 
     def model_config(self, vocab_size: int | None = None) -> SparseqConfig:
-        """The architecture, for `vocab_size` tokens (default: as many as the recipe asks for).
+        """The architecture, for `vocab_size` tokens (default: as many as the recipe asks for), or the checkpoint's.
 
         Raises:
-            ValueError: The model section contradicts itself; the message names the fields and values.
+            ValueError: The model section contradicts itself; the message names the fields and values. Or the
+                checkpoint to start from is not named, not there, or does not fit the recipe.
         """
+        if self.start is not None:
+            from sparseq.training.start import open_checkpoint
+
+            return open_checkpoint(self).config
         try:
             return SparseqConfig(vocab_size=vocab_size or self.tokenizer.vocab_size, **self.model)
         except StrictDataclassError as error:
@@ -213,8 +395,26 @@ class Recipe:
             "description": self.description,
             "seed": self.seed,
             "model": dict(self.model),
-            **{name: dataclasses.asdict(getattr(self, name)) for name in _SECTIONS},
+            **{
+                name: dataclasses.asdict(getattr(self, name))
+                for name in _SECTIONS
+                if getattr(self, name) is not None and not (name == "tokenizer" and self.start is not None)
+            },
         }
+
+    def check_lengths(self, config: SparseqConfig) -> None:
+        """Refuse texts longer than the learned positions of `config`.
+
+        Raises:
+            ValueError: The message names the lengths.
+        """
+        limit = config.max_position_embeddings
+        longest = max(self.data.max_length, self.decoding.max_length)
+        if config.position_embedding_type == "learned" and limit is not None and longest > limit:
+            raise ValueError(
+                f"recipe {self.name}: learned positions end at `model.max_position_embeddings` ({limit}), but "
+                f"`data.max_length` is {self.data.max_length} and `decoding.max_length` {self.decoding.max_length}"
+            )
 
 
 _SECTIONS: dict[str, type] = {
@@ -222,7 +422,11 @@ _SECTIONS: dict[str, type] = {
     "data": DataRecipe,
     "training": TrainingRecipe,
     "decoding": DecodingRecipe,
+    "start": StartRecipe,
+    "lora": LoraRecipe,
 }
+# A run without them is another run than one with their defaults.
+_OPTIONAL = ("start", "lora")
 
 
 def list_recipes() -> dict[str, Path]:
@@ -261,10 +465,13 @@ def build_recipe(name: str, tree: Mapping[str, Any]) -> Recipe:
     where = f"recipe {name}"
     _refuse_unknown(tree, ["description", "seed", "model", *_SECTIONS], where)
     sections: dict[str, Any] = {
-        key: _section(tree.get(key), kind, f"{where}, section {key}") for key, kind in _SECTIONS.items()
+        key: _section(tree.get(key), kind, f"{where}, section {key}")
+        for key, kind in _SECTIONS.items()
+        if key not in _OPTIONAL or key in tree
     }
     model = _mapping(tree.get("model"), f"{where}, section model")
     _check_model_keys(model, f"{where}, section model")
+    _check_start(tree, model, where)
     seed = tree.get("seed", 1)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"{where}: `seed` must be an integer of at least 0, but is {seed!r}")
@@ -275,14 +482,8 @@ def build_recipe(name: str, tree: Mapping[str, Any]) -> Recipe:
         seed=seed,
         **sections,
     )
-    config = recipe.model_config()
-    longest = max(recipe.data.max_length, recipe.decoding.max_length)
-    limit = config.max_position_embeddings
-    if config.position_embedding_type == "learned" and limit is not None and longest > limit:
-        raise ValueError(
-            f"{where}: learned positions end at `model.max_position_embeddings` ({limit}), but "
-            f"`data.max_length` is {recipe.data.max_length} and `decoding.max_length` {recipe.decoding.max_length}"
-        )
+    if recipe.start is None:
+        recipe.check_lengths(recipe.model_config())
     return recipe
 
 
@@ -328,6 +529,30 @@ def _check_model_keys(model: Mapping[str, Any], where: str) -> None:
             way_out = f"set `{instead}`" if instead else "leave it out"
             raise ValueError(f"{where}: `{key}` follows from the tokenizer; {way_out}")
     _refuse_unknown(model, [key for key in SparseqConfig.__annotations__ if key not in _TOKENIZER_DECIDES], where)
+
+
+def _check_start(tree: Mapping[str, Any], model: Mapping[str, Any], where: str) -> None:
+    """Refuse what contradicts, or lacks, a checkpoint to start from."""
+    if "start" not in tree:
+        if "lora" in tree:
+            raise ValueError(
+                f"{where}: section lora adapts a trained model, so it needs a section start, such as "
+                "start.checkpoint=FOLDER"
+            )
+        return
+    if tree.get("tokenizer"):
+        named = ", ".join(f"tokenizer.{key}" for key in tree["tokenizer"])
+        raise ValueError(f"{where}: the tokenizer is that of start.checkpoint; leave out {named}")
+    for key, value in model.items():
+        if key not in _CHANGEABLE:
+            raise ValueError(
+                f"{where}, section model: `{key}` ({value}) is part of the architecture, which is that of "
+                f"start.checkpoint; leave it out. What may be changed: {', '.join(_CHANGEABLE)}"
+            )
+    try:
+        SparseqConfig(**model)
+    except StrictDataclassError as error:
+        raise ValueError(f"{where}, section model: {_cause(error)}") from error
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:

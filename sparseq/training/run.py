@@ -5,9 +5,9 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,31 +19,56 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TrainerState,
     set_seed,
 )
 
 import sparseq
+from sparseq.data.cleaning import describe_defects
 from sparseq.data.collation import PairCollator, TokenizedPairs, tokenize_pairs
-from sparseq.data.parallel import ParallelReport, ParallelText, read_parallel
+from sparseq.data.mixing import MixedPairs
+from sparseq.data.parallel import ParallelReport, ParallelText, join, join_reports, read_pairs
+from sparseq.data.store import Store
 from sparseq.metrics import translation_scores
 from sparseq.tokenization_sparseq import source_prefix
 from sparseq.training.allocator import keep_freed_memory
-from sparseq.training.averaging import average_checkpoints, complete_checkpoints
+from sparseq.training.averaging import average_checkpoints
+from sparseq.training.checkpoints import (
+    INCOMPLETE,
+    checkpoint_step,
+    complete_checkpoints,
+    last_complete_checkpoint,
+    publish_files,
+    remove_leftovers,
+    write_json,
+)
 from sparseq.training.evaluation import translate_batchwise
 from sparseq.training.recipes import DataRecipe, Recipe
+from sparseq.training.start import (
+    Checkpoint,
+    add_adapter,
+    check_special_tokens,
+    load_adapter_weights,
+    load_model,
+    open_checkpoint,
+)
 from sparseq.training.trainer import SparseqTrainer, SparseqTrainingArguments
 
 RESULTS_FILE = "results.json"
 MANIFEST_FILE = "manifest.json"
 _RECIPE_FILE = "recipe.json"
 _TEXT_FILE = "text.json"
+_START_FILE = "start.json"
 _VERSIONED = ("torch", "transformers", "accelerate", "tokenizers", "sacrebleu")
 _CHECKPOINTS = "checkpoints"
 _TOKENIZER = "tokenizer"
 _GENERATED_DATA = "data"
+_MERGED = "merged"
+_CACHE = "cache"
+# Where the text lies may change between a run and its continuation: its files are hashed.
+_PLACES = ("folder", "dataset", "train_files", "validation_files", "test_files", "streaming")
 
 
 @dataclass(frozen=True)
@@ -89,7 +114,7 @@ class _Stopwatch:
 def train(
     recipe: Recipe, output_dir: str | Path, *, resume: bool = True, progress: bool = True, bootstrap: int = 0
 ) -> TrainResult:
-    """Run a recipe from scratch, or go on where an interrupted run of it stopped.
+    """Run a recipe, or go on where an interrupted run of it stopped.
 
     Args:
         recipe: What to do.
@@ -99,7 +124,8 @@ def train(
         bootstrap: Resamples for confidence intervals of the scores; 0 leaves them out.
 
     Raises:
-        ValueError: The recipe names no data, the data is defective, or `output_dir` holds a run of another recipe.
+        ValueError: The recipe names no data, the data is defective, the checkpoint to start from does not fit, or
+            `output_dir` holds a run of another recipe.
         FileNotFoundError: A data file is missing.
     """
     output_dir = Path(output_dir)
@@ -110,10 +136,15 @@ def train(
     # Said outright: otherwise several processes on a machine without accelerators do not find each other.
     state = PartialState(cpu=not torch.accelerator.is_available())
     with state.main_process_first(), watch.part("data"):
+        checkpoint = None if recipe.start is None else open_checkpoint(recipe, output_dir)
+        start_sha256: dict[str, str] = {}
         if state.is_main_process:
             _prepare_output(recipe, output_dir, resume=resume)
+            if checkpoint is not None:
+                start_sha256 = _check_same_checkpoint(output_dir, checkpoint)
         data = locate_data(recipe, output_dir)
-        texts = read_splits(data)
+        store = Store(output_dir / _CACHE)
+        texts = read_splits(data, store, progress=progress and state.is_main_process)
         if state.is_main_process:
             _check_same_text(output_dir, texts, data)
     scored = texts[data.test or data.validation]
@@ -122,15 +153,23 @@ def train(
         say(text.report)
 
     with state.main_process_first(), watch.part("tokenizer"):
-        tokenizer = _load_or_train_tokenizer(recipe, data, texts[data.train], output_dir, progress)
-    with watch.part("tokenization"):
-        pairs, reports = _tokenize(recipe, data, texts, tokenizer)
+        if checkpoint is not None:
+            tokenizer = checkpoint.tokenizer
+        else:
+            tokenizer = _load_or_train_tokenizer(recipe, data, texts[data.train], output_dir, progress)
+    with state.main_process_first(), watch.part("tokenization"):
+        shows = progress and state.is_main_process
+        pairs, reports = _tokenize(recipe, data, texts, tokenizer, store, progress=shows)
+        if state.is_main_process:
+            store.prune()
+    for line in _describe_tokens(reports):
+        say(line)
     set_seed(recipe.seed)
-    config = recipe.model_config(len(tokenizer))
-    _check_special_tokens(tokenizer, config)
-    model = AutoModelForSeq2SeqLM.from_config(config)
-    model.generation_config = _generation_config(recipe, model)
-    say(f"model: {model.num_parameters():,} parameters, {model.config.num_parameters(active=True):,} active per token")
+    model = _make_model(recipe, tokenizer, checkpoint)
+    say(
+        f"model: {model.num_parameters():,} parameters, {model.config.num_parameters(active=True):,} active per token,"
+        f" {model.num_parameters(only_trainable=True):,} trained"
+    )
 
     trainer = SparseqTrainer(
         model=model,
@@ -144,16 +183,27 @@ def train(
         steps = _train_or_resume(trainer, recipe, output_dir / _CHECKPOINTS)
     with watch.part("averaging"):
         validation_loss = _load_average(trainer, recipe, output_dir / _CHECKPOINTS)
+    if recipe.lora is not None:
+        # Otherwise the adapter would be added to the weights anew for every token.
+        model.merge_adapter()
     state.wait_for_everyone()
     with watch.part("decoding"):
         shows = progress and state.is_main_process
         translations = _translate(model, tokenizer, scored, recipe, data, progress=shows)
-    scores = translation_scores(translations, scored.targets, bootstrap=bootstrap)
+    references = list(scored.targets)
+    scores = translation_scores(translations, references, bootstrap=bootstrap)
     result = TrainResult(
-        output_dir, scores, validation_loss, steps, watch.finish(), scored.sources, scored.targets, translations
+        output_dir,
+        scores,
+        validation_loss,
+        steps,
+        watch.finish(),
+        list(scored.sources),
+        references,
+        translations,
     )
     if state.is_main_process:
-        _save(result, recipe, data, reports, model, tokenizer, trainer)
+        _save(result, recipe, data, reports, model, tokenizer, trainer, start_sha256)
     state.wait_for_everyone()
     return result
 
@@ -175,25 +225,58 @@ def locate_data(recipe: Recipe, output_dir: Path) -> DataRecipe:
             write_corpus(generate_corpus(train_size=data.generated_pairs, seed=recipe.seed), partial)
             partial.rename(folder)
         return replace(data, folder=str(folder))
-    missing = [f"data.{name}" for name in ("folder", "source", "target") if getattr(data, name) is None]
+    if data.test_files is not None and data.test is None:
+        data = replace(data, test="test")
+    places = data.places()
+    by_name = [place for place in places if place.dataset is None and not place.files]
+    missing = ["data.folder"] if any(place.folder is None for place in by_name) else []
+    missing += [f"data.{side}" for side in ("source", "target") if any(getattr(p, side) is None for p in by_name)]
     if missing:
         raise ValueError(
             f"recipe {recipe.name} needs {', '.join(missing)}: add, for instance, data.folder=DIR data.source=en "
-            "data.target=de for files DIR/train.en, DIR/train.de, DIR/val.en, DIR/val.de."
+            "data.target=de for files DIR/train.en, DIR/train.de, DIR/val.en, DIR/val.de; or data.dataset=..., a "
+            "dataset or table; docs/data.md has all ways."
         )
     return data
 
 
-def read_splits(data: DataRecipe) -> dict[str, ParallelText]:
-    """The training, validation and test text of a located data section, by the name of the split."""
-    assert data.folder is not None
-    assert data.source is not None
-    assert data.target is not None
+def read_splits(data: DataRecipe, store: Store | None = None, *, progress: bool = False) -> dict[str, ParallelText]:
+    """The training, validation and test text of a located data section, by the name of the split.
+
+    Args:
+        data: What `locate_data` returns.
+        store: Keeps the text on disk. None: in memory.
+        progress: Show progress bars.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A dataset, split or column is missing, or the text is defective.
+    """
     splits = dict.fromkeys([data.train, data.validation, *([data.test] if data.test else [])])
-    return {
-        split: read_parallel(data.folder, split, data.source, data.target, drop_empty=split == data.train)
+    places = data.places()
+    texts = {}
+    # Everything is found before anything is read, which may take long.
+    policies = {split: data.policy() if split == data.train else data.policy().for_evaluation() for split in splits}
+    opened = {
+        split: [place.open(split, refuse_bytes=policies[split].not_utf8 == "refuse") for place in places]
         for split in splits
     }
+    for split, sources in opened.items():
+        parts = [
+            read_pairs(
+                source,
+                split,
+                policies[split],
+                language=place.target,
+                language_pair=place.name if len(places) > 1 else None,
+                max_pairs=data.max_pairs if split == data.train else 0,
+                store=store,
+                progress=progress,
+            )
+            for place, source in zip(places, sources, strict=True)
+        ]
+        texts[split] = join(split, parts)
+    return texts
 
 
 def _prepare_output(recipe: Recipe, output_dir: Path, *, resume: bool) -> None:
@@ -218,13 +301,16 @@ def _prepare_output(recipe: Recipe, output_dir: Path, *, resume: bool) -> None:
             f"{output_dir} holds checkpoints or a tokenizer of another program. Give another output folder."
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    remove_leftovers(output_dir)
+    write_json(note, wanted)
 
 
 def _delete_run(output_dir: Path) -> None:
     for name in (_CHECKPOINTS, _TOKENIZER, _GENERATED_DATA):
         shutil.rmtree(output_dir / name, ignore_errors=True)
-    (output_dir / _TEXT_FILE).unlink(missing_ok=True)
+    # Results must not stand beside the checkpoints of another run.
+    for name in (RESULTS_FILE, MANIFEST_FILE, _TEXT_FILE, _START_FILE):
+        (output_dir / name).unlink(missing_ok=True)
 
 
 def _check_same_text(output_dir: Path, texts: dict[str, ParallelText], data: DataRecipe) -> None:
@@ -240,38 +326,44 @@ def _check_same_text(output_dir: Path, texts: dict[str, ParallelText], data: Dat
         ]
         if changed:
             raise ValueError(
-                f"{output_dir} holds a run on other text: the files of {', '.join(changed)} in {data.folder} have "
-                "changed or are others. Give another output folder, or start over with --no-resume."
+                f"{output_dir} holds a run on other text: the files of {', '.join(changed)} have changed or are "
+                "others. Give another output folder, or start over with --no-resume."
             )
-    _write_json(note, wanted)
+    write_json(note, wanted)
 
 
-def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
-    """Refuse a tokenizer whose special tokens are not the model's; only one given by `tokenizer.path` can differ."""
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(tokenizer, name) != getattr(config, name):
+def _check_same_checkpoint(output_dir: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """Refuse to go on from another checkpoint than the run began with; returns the hashes of its files."""
+    note = output_dir / _START_FILE
+    wanted = checkpoint.sha256()
+    if complete_checkpoints(output_dir / _CHECKPOINTS) and note.is_file():
+        found = json.loads(note.read_text(encoding="utf-8"))
+        if found != wanted:
+            changed = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
             raise ValueError(
-                f"`tokenizer.path` names a tokenizer whose `{name}` is {getattr(tokenizer, name)}, but a recipe's "
-                f"model has {getattr(config, name)}. Train one with `sparseq train-tokenizer`, or leave the path out."
+                f"{output_dir} holds a run that began with another checkpoint: {', '.join(changed)} of "
+                f"{checkpoint.name} have changed or are others. Give another output folder, or start over with "
+                "--no-resume."
             )
-    ends = tokenizer("a")["input_ids"]
-    if not ends or ends[-1] != config.eos_token_id:
-        raise ValueError(
-            "`tokenizer.path` names a tokenizer that does not put its end-of-sentence token behind a text, so the "
-            "model would never learn to stop. Train one with `sparseq train-tokenizer`, or leave the path out."
-        )
+    write_json(note, wanted)
+    return wanted
 
 
 def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
     """What must not change between a run and its continuation, flat."""
-    free = {"logging_steps", "save_steps", "eval_steps", "max_steps", "average_checkpoints"}
+    free = {"logging_steps", "save_steps", "eval_steps", "max_steps", "average_checkpoints", "save_merged"}
+    # The checkpoint may have moved: its files are hashed.
+    free |= {"checkpoint", "revision"}
     if recipe["training"]["lr_scheduler"] in ("linear", "cosine"):
         free.remove("max_steps")
     flat = {"seed": recipe["seed"]}
-    for section in ("model", "tokenizer", "data", "training"):
-        flat |= {f"{section}.{key}": value for key, value in recipe[section].items() if key not in free}
-    # The folder may have moved; its files are what counts, and they are hashed in the manifest.
-    return {key: value for key, value in flat.items() if key not in ("data.folder", "data.test")}
+    for section in ("model", "tokenizer", "data", "training", "start", "lora"):
+        flat |= {f"{section}.{key}": value for key, value in recipe.get(section, {}).items() if key not in free}
+    flat |= {section: "used" if section in recipe else "not used" for section in ("start", "lora")}
+    # What a recipe of an earlier version does not say had the value that is now the default.
+    flat = {f"data.{key}": value for key, value in asdict(DataRecipe()).items()} | flat
+    flat["data.pairs"] = [place.name for place in DataRecipe(pairs=recipe["data"].get("pairs")).places()]
+    return {key: value for key, value in flat.items() if key not in {"data.test", *(f"data.{n}" for n in _PLACES)}}
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -289,12 +381,11 @@ def _load_or_train_tokenizer(
     if not folder.is_dir():
         from sparseq.training.tokenizer import train_tokenizer
 
-        assert data.target is not None
         tokenizer = train_tokenizer(
-            [*text.sources, *text.targets],
+            _sentences(text, data.tokenizer_sentences),
             vocab_size=section.vocab_size,
             algorithm=section.algorithm,
-            language_tags=[data.target],
+            language_tags=_languages(text),
             lowercase=section.lowercase,
             min_frequency=section.min_frequency,
             character_coverage=section.character_coverage,
@@ -307,21 +398,92 @@ def _load_or_train_tokenizer(
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _tokenize(
-    recipe: Recipe, data: DataRecipe, texts: dict[str, ParallelText], tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[str, TokenizedPairs], dict[str, ParallelReport]]:
-    assert data.target is not None
-    limit = min(data.max_length, recipe.training.tokens_per_batch // 2)
-    pairs, reports = {}, {name: text.report for name, text in texts.items()}
-    for split in dict.fromkeys([data.train, data.validation]):
-        pairs[split], reports[split] = tokenize_pairs(
-            tokenizer,
-            texts[split],
-            max_length=limit,
-            drop_long=split == data.train,
-            source_prefix=source_prefix(tokenizer, data.target),
+def _sentences(text: ParallelText, limit: int) -> Iterator[str]:
+    """The sources, then the targets, of each language pair; at most `limit` of them, evenly spaced."""
+    step = max(1.0, 2 * len(text) / limit)
+    for part in text.parts or (text,):
+        for side in (part.sources, part.targets):
+            due = 0.0
+            for position, sentence in enumerate(side):
+                if position >= due:
+                    due += step
+                    yield sentence
+
+
+def _languages(text: ParallelText) -> list[str]:
+    """The target languages, each once."""
+    return list(dict.fromkeys(part.language for part in text.parts or (text,) if part.language is not None))
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase, text: ParallelText, *, alone: bool) -> str:
+    """What the sources of one language pair begin with.
+
+    Raises:
+        ValueError: The run has several pairs, and the tokenizer no tag for the target language of this one.
+    """
+    prefix = source_prefix(tokenizer, text.language) if text.language is not None else ""
+    if not prefix and not alone:
+        raise ValueError(
+            f"`tokenizer.path` names a tokenizer without the tag <2{text.language}>, which tells the language pairs "
+            "of this run apart. Add it with `SparseqTokenizer.add_language_tags`, or leave the path out."
         )
+    return prefix
+
+
+def _tokenize(
+    recipe: Recipe,
+    data: DataRecipe,
+    texts: dict[str, ParallelText],
+    tokenizer: PreTrainedTokenizerBase,
+    store: Store,
+    *,
+    progress: bool,
+) -> tuple[dict[str, TokenizedPairs | MixedPairs], dict[str, ParallelReport]]:
+    """Training and validation text as ids, and the reports of all splits."""
+    limit = min(data.max_length, recipe.training.tokens_per_batch // 2)
+    pairs: dict[str, TokenizedPairs | MixedPairs] = {}
+    reports = {name: text.report for name, text in texts.items()}
+    for split in dict.fromkeys([data.train, data.validation]):
+        is_training = split == data.train
+        done = [
+            tokenize_pairs(
+                tokenizer,
+                part,
+                max_length=limit,
+                policy=data.policy() if is_training else data.policy().for_evaluation(),
+                source_prefix=_prefix(tokenizer, part, alone=not texts[split].parts),
+                store=store,
+                progress=progress,
+            )
+            for part in texts[split].parts or (texts[split],)
+        ]
+        reports[split] = join_reports(split, [report for _, report in done])
+        parts = [part for part, _ in done]
+        temperature = float(data.temperature) if is_training else 1.0
+        pairs[split] = parts[0] if len(parts) == 1 else MixedPairs(parts, temperature=temperature, seed=recipe.seed)
     return pairs, reports
+
+
+def _describe_tokens(reports: dict[str, ParallelReport]) -> Iterator[str]:
+    """What tokenisation has found, which the reports of the text did not have yet."""
+    for report in reports.values():
+        for part in report.parts or (report,):
+            found = {kind: part.defects[kind] for kind in ("too_long", "unbalanced") if kind in part.defects}
+            for words in describe_defects(found, part.unit):
+                yield f"{part.name}, in tokens: {words}"
+
+
+def _make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint | None) -> Any:
+    """The model to train: new, from a checkpoint, or an adapter around one."""
+    if checkpoint is None:
+        config = recipe.model_config(len(tokenizer))
+        way_out = "Train one with `sparseq train-tokenizer`, or leave the path out"
+        check_special_tokens(tokenizer, config, "`tokenizer.path` names a tokenizer", way_out)
+        model = AutoModelForSeq2SeqLM.from_config(config)
+    else:
+        model = load_model(checkpoint)
+    model.generation_config = _generation_config(recipe, model)
+    return model if checkpoint is None or recipe.lora is None else add_adapter(model, checkpoint, recipe)
 
 
 def _generation_config(recipe: Recipe, model: PreTrainedModel) -> GenerationConfig:
@@ -375,19 +537,24 @@ def _training_arguments(recipe: Recipe, output_dir: Path, progress: bool) -> Spa
 
 def _train_or_resume(trainer: SparseqTrainer, recipe: Recipe, checkpoints: Path) -> int:
     """Train to the last step, from the last complete checkpoint if there is one; returns the steps made."""
-    done = complete_checkpoints(checkpoints)
-    last_step = int(done[-1].name.rpartition("-")[2]) if done else 0
-    # A finished run must not be resumed: Trainer would make one more step before it notices.
-    if last_step < recipe.training.max_steps:
-        last_step = trainer.train(resume_from_checkpoint=str(done[-1]) if done else None).global_step
-    return last_step
+    trainer.resume_hint = "Give the same command again to go on."
+    last = last_complete_checkpoint(checkpoints, warn=trainer.is_world_process_zero())
+    if last is not None and checkpoint_step(last) >= recipe.training.max_steps:
+        # A finished run must not be resumed: Trainer would make one more step before it notices.
+        trainer.state.log_history = TrainerState.load_from_json(str(last / "trainer_state.json")).log_history
+        return checkpoint_step(last)
+    return trainer.train(resume_from_checkpoint=None if last is None else str(last)).global_step
 
 
 def _load_average(trainer: SparseqTrainer, recipe: Recipe, checkpoints: Path) -> float:
     """Put the mean of the last checkpoints into the model; returns its validation loss."""
-    chosen = complete_checkpoints(checkpoints)[-recipe.training.average_checkpoints :]
+    # One from an interruption is no part of the run: the mean must be that of a run never interrupted.
+    chosen = complete_checkpoints(checkpoints, scheduled=True)[-recipe.training.average_checkpoints :]
     weights = average_checkpoints(chosen)
     model = trainer.accelerator.unwrap_model(trainer.model)
+    if recipe.lora is not None:
+        load_adapter_weights(model, weights)
+        return trainer.evaluate()["eval_loss"]
     missing, unexpected = model.load_state_dict(weights, strict=False)
     # Tied weights are stored once; anything else that is absent would silently keep its last value.
     tied = set(model.all_tied_weights_keys)
@@ -406,16 +573,19 @@ def _translate(
     *,
     progress: bool,
 ) -> list[str]:
-    assert data.target is not None
-    return translate_batchwise(
-        model,
-        tokenizer,
-        text.sources,
-        prefix=source_prefix(tokenizer, data.target),
-        batch_tokens=recipe.decoding.batch_tokens,
-        max_source_length=data.max_length,
-        progress=progress,
-    )
+    """Translations of all language pairs, one pair after the other."""
+    translations: list[str] = []
+    for part in text.parts or (text,):
+        translations += translate_batchwise(
+            model,
+            tokenizer,
+            list(part.sources),
+            prefix=_prefix(tokenizer, part, alone=not text.parts),
+            batch_tokens=recipe.decoding.batch_tokens,
+            max_source_length=data.max_length,
+            progress=progress,
+        )
+    return translations
 
 
 def _save(
@@ -423,11 +593,13 @@ def _save(
     recipe: Recipe,
     data: DataRecipe,
     reports: dict[str, ParallelReport],
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     trainer: SparseqTrainer,
+    start_sha256: dict[str, str],
 ) -> None:
-    folder = result.output_dir
+    # Written aside and moved at the end, the results last: a folder that has them has everything.
+    folder = result.output_dir / INCOMPLETE
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     split = data.test or data.validation
@@ -444,34 +616,43 @@ def _save(
         "steps": result.steps,
         "parameters": model.num_parameters(),
         "active_parameters": model.config.num_parameters(active=True),
+        "trained_parameters": model.num_parameters(only_trainable=True),
         "seconds": result.seconds,
         "log": trainer.state.log_history,
     }
-    _write_json(folder / RESULTS_FILE, results)
-    _write_json(folder / MANIFEST_FILE, manifest(recipe, list(reports.values()), vocab_size=len(tokenizer)))
+    write_json(folder / RESULTS_FILE, results)
+    made = manifest(recipe, list(reports.values()), vocab_size=len(tokenizer), start_sha256=start_sha256)
+    write_json(folder / MANIFEST_FILE, made)
+    if recipe.lora is not None and recipe.lora.save_merged:
+        model.unload().save_pretrained(folder / _MERGED)
+        tokenizer.save_pretrained(folder / _MERGED)
+    publish_files(
+        folder,
+        result.output_dir,
+        last=(f"{_MERGED}/config.json", "config.json", "adapter_config.json", MANIFEST_FILE, RESULTS_FILE),
+        replaced="*.safetensors*",
+    )
 
 
-def manifest(recipe: Recipe, reports: Sequence[ParallelReport], *, vocab_size: int) -> dict[str, Any]:
-    """What is needed to repeat a run: versions, commit, seed, hashes of the data, and the recipe."""
+def manifest(
+    recipe: Recipe,
+    reports: Sequence[ParallelReport],
+    *,
+    vocab_size: int,
+    start_sha256: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What is needed to repeat a run: versions, commit, seed, the recipe, hashes of the data and of the checkpoint."""
+    versioned = (*_VERSIONED, "peft") if recipe.lora is not None else _VERSIONED
     return {
         "recipe": {"name": recipe.name, **recipe.to_dict()},
         "seed": recipe.seed,
         "vocab_size": vocab_size,
-        "data": {
-            report.split: {
-                "pairs": report.pairs,
-                "kept": report.kept,
-                "empty_source": report.empty_source,
-                "empty_target": report.empty_target,
-                "too_long": report.too_long,
-                "sha256": report.files,
-            }
-            for report in reports
-        },
+        "data": {report.split: report.to_dict() for report in reports},
+        **({"start": {"sha256": dict(start_sha256)}} if start_sha256 else {}),
         "versions": {
             "sparseq": sparseq.__version__,
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in _VERSIONED},
+            **{name: metadata.version(name) for name in versioned},
         },
         "commit": _commit(),
         "machine": {
@@ -498,10 +679,6 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _silent(*args: object) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from sparseq.configuration_sparseq import SparseqConfig
 from sparseq.training.recipes import Recipe
 
+_BYTES_PER_PARAMETER = 4
 _BYTES_PER_TRAINED_PARAMETER = 16
 """Weight, gradient and the two moments of Adam, in float32."""
 
@@ -15,21 +16,27 @@ def describe(recipe: Recipe) -> str:
     """Several lines about the model, the batches, the schedule and the data of `recipe`.
 
     Raises:
-        ValueError: The recipe names no data or defective data.
+        ValueError: The recipe names no data or defective data, or a checkpoint that does not fit.
         FileNotFoundError: A data file is missing.
     """
     config = recipe.model_config()
     total, active = config.num_parameters(), config.num_parameters(active=True)
     source, target = training_flops(config)
+    trained, frozen = total, 0
+    if recipe.lora is not None:
+        from sparseq.training.start import count_trained_parameters
+
+        trained, frozen = count_trained_parameters(recipe, config), total
+    held = _BYTES_PER_TRAINED_PARAMETER * trained + _BYTES_PER_PARAMETER * frozen
     training = recipe.training
     update = training.tokens_per_batch * training.gradient_accumulation_steps
     lines = [
         f"recipe      {recipe.name}: {recipe.description}",
-        f"model       {total:,} parameters, {active:,} active per token (vocabulary {config.vocab_size:,})",
+        f"model       {total:,} parameters, {active:,} active per token (vocabulary {config.vocab_size:,}), "
+        f"{trained:,} trained",
         f"compute     {source / 1e6:,.1f} million FLOPs a source token, {target / 1e6:,.1f} million a target token in "
         "training, attention scores not counted",
-        f"memory      {_BYTES_PER_TRAINED_PARAMETER * total / 2**20:,.0f} MiB for weights, gradients and Adam, "
-        "activations on top",
+        f"memory      {held / 2**20:,.0f} MiB for weights, gradients and Adam, activations on top",
         f"batches     {training.tokens_per_batch:,} {training.budget_counts} tokens x "
         f"{training.gradient_accumulation_steps} = {update:,} an update and device",
         f"schedule    {training.max_steps:,} updates, {training.lr_scheduler}, peak {training.learning_rate:g} after "
@@ -72,11 +79,12 @@ def training_flops(config: SparseqConfig) -> tuple[int, int]:
 
 
 def _describe_data(recipe: Recipe, update: int) -> list[str]:
+    from sparseq.data.store import Store
     from sparseq.training.run import locate_data, read_splits
 
     with tempfile.TemporaryDirectory() as scratch:
         data = locate_data(recipe, Path(scratch))
-        texts = read_splits(data, Path(scratch))
+        texts = read_splits(data, Store(Path(scratch) / "cache"))
         words = {split: [_words(side) for side in (text.sources, text.targets)] for split, text in texts.items()}
     lines = []
     for split, text in texts.items():

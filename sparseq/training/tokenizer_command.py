@@ -1,17 +1,18 @@
 """`sparseq train-tokenizer`: train a tokenizer on text files or on columns of a dataset."""
 
 import argparse
-import gzip
 import json
 import os
 import sys
 import tempfile
 import warnings
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from ..data.lines import read_lines
+from ..data.sources import check_text
+from ..data.tables import open_table
 from ..tokenization_sparseq import SparseqTokenizer
 from .tokenizer import (
     Algorithm,
@@ -49,15 +50,6 @@ then, in Python:
   tokenizer("<2de> A man walks.", text_target="Ein Mann geht.")
 
 exit codes: 0 done, 2 the input or an option is wrong (the message says which)"""
-
-_LOCAL_FORMATS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
 
 # What `SparseqTokenizer.save_pretrained` and earlier versions of transformers write.
 _TOKENIZER_FILES = {
@@ -208,62 +200,18 @@ def _read_texts(args: argparse.Namespace) -> dict[str, list[str]]:
     for file in args.files:
         if not file.is_file():
             raise ValueError(f"{file} is {'a folder, not a text file' if file.is_dir() else 'missing'}.")
-    return {str(file): [line for line in _read_lines(file) if line.strip()] for file in args.files}
-
-
-def _read_lines(file: Path) -> Iterator[str]:
-    number = 0
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file}, line {number}: byte 0x{error.object[error.start]:02X} at position {error.start} is not UTF-8. "
-            f"Convert the file first, for example: iconv -f latin1 -t utf-8 {file}"
-        ) from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{file} is no complete gzip file (after line {number}): {error}") from None
+    return {str(file): [line for line in read_lines(file) if line.strip()] for file in args.files}
 
 
 def _read_dataset(name: str, config_name: str | None, split: str, columns: Sequence[str]) -> dict[str, list[str]]:
-    import datasets
-
-    path = Path(name)
-    if path.is_file():
-        kind = _LOCAL_FORMATS.get(path.suffix.lower())
-        if kind is None:
-            raise ValueError(f"--dataset {name}: a data file must end in {', '.join(_LOCAL_FORMATS)}.")
-        options: dict[str, Any] = {"sep": "\t"} if path.suffix.lower() == ".tsv" else {}
-        table = datasets.load_dataset(kind, data_files={split: str(path)}, split=split, **options)
-    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        table = datasets.load_from_disk(name)
-        if isinstance(table, datasets.DatasetDict):
-            if split not in table:
-                raise ValueError(f"--split {split}: {name} has the splits {', '.join(table)}.")
-            table = table[split]
-    else:
-        table = datasets.load_dataset(name, config_name, split=split)
-    return {column: _read_column(table, column) for column in columns}
-
-
-def _read_column(table: Any, column: str) -> list[str]:
-    """Return a column, `outer.inner` standing for the field `inner` of a column of mappings."""
-    outer, _, inner = (column, "", "") if column in table.column_names else column.partition(".")
-    if outer not in table.column_names:
-        raise ValueError(f"--column {column}: the columns are {', '.join(table.column_names)}.")
-    texts = []
-    for row, value in enumerate(table[outer]):
-        if inner and isinstance(value, dict):
-            if inner not in value:
-                raise ValueError(f"--column {column}: the fields of {outer} are {', '.join(value)}.")
-            value = value[inner]
-        if isinstance(value, dict):
-            raise ValueError(f"--column {column} holds fields, not text; write {column}.{next(iter(value), 'NAME')}.")
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"--column {column}, row {row}: {value!r} is {type(value).__name__}, not text.")
-        if value and value.strip():
-            texts.append(value)
+    table = open_table(name, config=config_name, split=split, text_columns=columns)
+    texts: dict[str, list[str]] = {column: [] for column in columns}
+    rows = 0
+    for batch in table.columns(columns):
+        for column, values in zip(columns, batch, strict=True):
+            check_text(table.name, column, values, rows)
+            texts[column] += [value for value in values if value and value.strip()]
+        rows += len(batch[0])
     return texts
 
 

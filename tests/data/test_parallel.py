@@ -42,10 +42,18 @@ def test_empty_sides_are_counted_and_dropped_for_training_only(tmp_path: Path, s
     _write(tmp_path, f"{split}.en", "a\n\nc\n \n")
     _write(tmp_path, f"{split}.de", "x\ny\n\t\n\n")
     text = read_parallel(tmp_path, split, "en", "de")
-    assert (text.report.pairs, text.report.empty_source, text.report.empty_target) == (4, 2, 2)
+    assert text.report.pairs == 4
+    assert {kind: (found.count, found.lines) for kind, found in text.report.defects.items()} == {
+        "empty_source": (2, (2, 4)),
+        "empty_target": (2, (3, 4)),
+    }
     if split == "train":
         assert (text.sources, text.targets) == (["a"], ["x"])
-        assert str(text.report) == "train: 1 of 4 sentence pairs (2 with an empty source, 2 with an empty target)"
+        assert str(text.report).splitlines() == [
+            "train: 1 of 4 sentence pairs",
+            "  2 pairs with an empty source (skipped): lines 2, 4",
+            "  2 pairs with an empty target (skipped): lines 3, 4",
+        ]
     else:
         assert (text.sources, text.targets) == (["a", "", "c", " "], ["x", "y", "\t", ""])
 

@@ -1,0 +1,67 @@
+"""Lines of text files, one after another: alignment survives odd characters, and memory stays flat."""
+
+import gzip
+import hashlib
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, cast
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file, decompressed if its name ends with .gz, without a byte order mark.
+
+    Lines end at "\\n" alone (a preceding "\\r" is dropped), so that a form feed or U+2028 inside a sentence cannot
+    shift an alignment.
+
+    Raises:
+        ValueError: The file cannot be decompressed, or is not UTF-8; the message names the line.
+    """
+    for number, line in enumerate(read_raw_lines(path), start=1):
+        if isinstance(line, bytes):
+            raise ValueError(not_utf8(path, number, line))
+        yield line
+
+
+def read_raw_lines(path: Path) -> Iterator[str | bytes]:
+    """As `read_lines`, but a line that is not UTF-8 comes as its bytes.
+
+    Raises:
+        ValueError: The file cannot be decompressed.
+    """
+    try:
+        with _open(path) as stream:
+            for number, line in enumerate(stream):
+                if number == 0:
+                    line = line.removeprefix(_BYTE_ORDER_MARK)
+                line = line.removesuffix(b"\n").removesuffix(b"\r")
+                try:
+                    yield line.decode("utf-8")
+                except UnicodeDecodeError:
+                    yield line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} cannot be decompressed ({error}). Is the download complete?") from error
+
+
+def not_utf8(path: Path | str, number: int, line: bytes) -> str:
+    """The message for a line that is not UTF-8."""
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        position = error.start
+    return (
+        f"{path}, line {number}: not UTF-8 (byte 0x{line[position]:02x}). Convert the file first, for instance with "
+        "`iconv -f LATIN1 -t UTF-8`."
+    )
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of the bytes on disk."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else path.open("rb"))

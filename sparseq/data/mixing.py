@@ -1,0 +1,73 @@
+"""Several language pairs in one training set, the smaller ones repeated as a temperature asks."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from sparseq.data.collation import TokenizedPairs
+
+
+class MixedPairs(Dataset[dict[str, list[int]]]):
+    """Datasets of several language pairs as one.
+
+    Pair `l` with `n_l` sentences is drawn in proportion to `n_l^(1/T)` (Arivazhagan et al. 2019, arXiv 1907.05019,
+    section 4.2). Nothing is left out: an epoch has every sentence of the pair that is repeated least once, and
+    sentences of the others so many times that the proportions hold. Where that is no whole number, some sentences,
+    chosen by `seed`, come once more than others.
+
+    Args:
+        parts: The datasets.
+        temperature: T, at least 1. At 1 an epoch has every sentence once, in the order of `parts`.
+        seed: Chooses what is repeated once more.
+
+    Attributes:
+        source_lengths, target_lengths: Lengths in tokens, as of `TokenizedPairs`.
+    """
+
+    def __init__(self, parts: Sequence[TokenizedPairs], *, temperature: float = 1.0, seed: int = 0) -> None:
+        self.parts = list(parts)
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+        generator = np.random.default_rng([seed])
+        repeated = []
+        for part, start, times in zip(
+            parts, self._starts, repetitions([len(p) for p in parts], temperature), strict=False
+        ):
+            whole, rest = divmod(round(times * len(part)), len(part))
+            rows = np.tile(np.arange(len(part)), whole)
+            extra = np.sort(generator.permutation(len(part))[:rest])
+            repeated.append(start + np.concatenate([rows, extra]))
+        self._rows = np.concatenate(repeated)
+        self.source_lengths = np.concatenate([part.source_lengths for part in parts])[self._rows]
+        self.target_lengths = np.concatenate([part.target_lengths for part in parts])[self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, list[int]]]:
+        """Several pairs at once, which is how a `DataLoader` asks for a batch."""
+        rows = self._rows[np.asarray(indices)]
+        owners = np.searchsorted(self._starts, rows, side="right") - 1
+        items: list[dict[str, list[int]]] = [{} for _ in indices]
+        for owner in np.unique(owners):
+            positions = np.flatnonzero(owners == owner)
+            found = self.parts[owner].__getitems__((rows[positions] - self._starts[owner]).tolist())
+            for position, item in zip(positions, found, strict=True):
+                items[position] = item
+        return items
+
+
+def repetitions(sizes: Sequence[int], temperature: float) -> np.ndarray:
+    """How often an epoch has each sentence of each pair, on average: at least once, and in all so often that pair `l`
+    comes in proportion to `sizes[l] ** (1 / temperature)`.
+
+    Raises:
+        ValueError: `temperature` is below 1.
+    """
+    if temperature < 1:
+        raise ValueError(f"`temperature` must be at least 1, but is {temperature}.")
+    per_sentence = np.asarray(sizes, dtype=np.float64) ** (1.0 / temperature - 1.0)
+    return per_sentence / per_sentence.min()
