@@ -1,29 +1,17 @@
 """Averaging the weights of several checkpoints (Vaswani et al. 2017, section 6.1)."""
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+from sparseq.training.checkpoints import complete_checkpoints as complete_checkpoints
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-
-
-def complete_checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints of a `Trainer` run that were saved whole, oldest first.
-
-    `Trainer` writes `trainer_state.json` last, so a save that was cut short lacks it or holds half of it. A folder
-    without weights is not whole either.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    steps = {int(match[1]): path for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
-    return [steps[step] for step in sorted(steps) if _is_complete(steps[step])]
+_ADAPTER = "adapter_model.safetensors"
 
 
 def average_checkpoints(checkpoints: Sequence[str | Path]) -> dict[str, torch.Tensor]:
@@ -40,7 +28,7 @@ def average_checkpoints(checkpoints: Sequence[str | Path]) -> dict[str, torch.Te
         `strict=False`.
 
     Raises:
-        ValueError: There are no checkpoints, or their tensors differ in name or shape.
+        ValueError: There are no checkpoints, their tensors differ in name or shape, or one is not finite.
         FileNotFoundError: A folder has no safetensors weights.
     """
     folders = [Path(checkpoint) for checkpoint in checkpoints]
@@ -65,17 +53,13 @@ def average_checkpoints(checkpoints: Sequence[str | Path]) -> dict[str, torch.Te
                     f"{name} is {tuple(tensor.shape)} in {folder} but {tuple(last.shape)} in {folders[-1]}: only "
                     "checkpoints of one model can be averaged."
                 )
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"{name} is not finite in {folder}: the training had diverged. Average earlier checkpoints."
+                )
             total += tensor
         averaged[name] = (total / len(folders)).to(last.dtype)
     return averaged
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return (checkpoint / _SINGLE).is_file() or (checkpoint / _INDEX).is_file()
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -83,10 +67,11 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     if (folder / _INDEX).is_file():
         weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
         return {name: folder / file for name, file in weight_map.items()}
-    if not (folder / _SINGLE).is_file():
-        raise FileNotFoundError(f"{folder} has neither {_SINGLE} nor {_INDEX}.")
-    with safe_open(folder / _SINGLE, framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), folder / _SINGLE)
+    files = [folder / name for name in (_SINGLE, _ADAPTER) if (folder / name).is_file()]
+    if not files:
+        raise FileNotFoundError(f"{folder} has none of {_SINGLE}, {_INDEX} and {_ADAPTER}.")
+    with safe_open(files[0], framework="pt") as tensors:
+        return dict.fromkeys(tensors.keys(), files[0])
 
 
 def _read(path: Path, name: str) -> torch.Tensor:

@@ -60,5 +60,13 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         average_checkpoints([first, other_name])
     with pytest.raises(ValueError, match="no checkpoint to average"):
         average_checkpoints([])
-    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"none of model\.safetensors"):
         average_checkpoints([tmp_path])
+
+
+def test_weights_that_are_not_finite_are_not_averaged(tmp_path: Path) -> None:
+    folders = [
+        _checkpoint(tmp_path, i, {"w": torch.tensor([1.0, value])}) for i, value in enumerate((2.0, float("inf")))
+    ]
+    with pytest.raises(ValueError, match=r"w is not finite in .*checkpoint-1: .*earlier checkpoints"):
+        average_checkpoints(folders)
