@@ -3,10 +3,13 @@
 
 import math
 from numbers import Real
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from transformers.distributed import DistributedConfig
 
 
 @strict
@@ -364,6 +367,69 @@ class SparseqConfig(PreTrainedConfig):
             raise ValueError(
                 "`norm_topk_prob=True` with `num_experts_per_tok=1` makes every routing weight 1, so the router would "
                 "get no gradient; set `norm_topk_prob=False`"
+            )
+
+    def check_parallelism(self, distributed_config: "DistributedConfig") -> None:
+        """
+        Refuse a way of cutting the model that its sizes do not allow. `from_pretrained(distributed_config=...)` calls
+        it before weights are read; it needs no processes, so it can be asked anywhere.
+
+        Args:
+            distributed_config: How the model is to be cut.
+
+        Raises:
+            ValueError: names the field, the number of processes and the way out.
+        """
+        if distributed_config.pp_size > 1:
+            raise ValueError(
+                f"`pp_size` ({distributed_config.pp_size}) asks for pipeline parallelism, which Sparseq has no plan "
+                "for; use `tp_size`, `ep_size` or `fsdp_size`"
+            )
+        has_experts = bool(self.sparse_layers("encoder") or self.sparse_layers("decoder"))
+        if distributed_config.ep_size > 1:
+            self._check_expert_parallelism(distributed_config.ep_size, distributed_config.tp_size, has_experts)
+        if distributed_config.tp_size > 1:
+            has_cut_experts = has_experts and distributed_config.ep_size == 1
+            self._check_tensor_parallelism(distributed_config.tp_size, has_cut_experts)
+
+    def _check_tensor_parallelism(self, tp_size: int, has_cut_experts: bool) -> None:
+        parts = ["attention_heads", "num_key_value_heads", "ffn_dim"]
+        names = [f"{stack}_{part}" for stack in ("encoder", "decoder") for part in parts]
+        if has_cut_experts or self.num_shared_experts:
+            names.append("expert_ffn_dim")
+        for name in names:
+            if getattr(self, name) % tp_size:
+                raise ValueError(
+                    f"`{name}` ({getattr(self, name)}) must be a multiple of `tp_size` ({tp_size}), because tensor "
+                    "parallelism gives each process an equal part; use a `tp_size` that divides it, or in its place "
+                    "`fsdp_size`, which cuts any size and goes with `ep_size` as well"
+                )
+        if has_cut_experts and self.expert_bias:
+            raise ValueError(
+                f"`expert_bias=True` has no plan for `tp_size` ({tp_size}) alone: the library cannot cut the experts' "
+                f"biases as it cuts their weights; add `ep_size={tp_size}`, which gives each process whole experts, "
+                "or use `fsdp_size`"
+            )
+
+    def _check_expert_parallelism(self, ep_size: int, tp_size: int, has_experts: bool) -> None:
+        if not has_experts:
+            raise ValueError(
+                f"`ep_size` ({ep_size}) shares out experts, but the model has none (`num_experts` is "
+                f"{self.num_experts}); use `tp_size` or `fsdp_size`"
+            )
+        if self.num_experts % ep_size:
+            raise ValueError(
+                f"`num_experts` ({self.num_experts}) must be a multiple of `ep_size` ({ep_size}), because each "
+                "process gets as many experts; use an `ep_size` that divides it, or `fsdp_size` alone, which cuts any "
+                "number"
+            )
+        name = "activation_dropout" if self.expert_dropout is None else "expert_dropout"
+        if tp_size > 1 and getattr(self, name):
+            raise ValueError(
+                f"`{name}` ({getattr(self, name)}) acts in the experts, where with `tp_size` ({tp_size}) and "
+                f"`ep_size` ({ep_size}) each process has other rows. It would draw another number of random numbers, "
+                "and every later dropout would differ between processes that must agree. Load with "
+                "`expert_dropout=0.0`, which changes nothing in inference, or use `fsdp_size` in place of `tp_size`"
             )
 
     def _check_tokens(self) -> None:

@@ -13,6 +13,7 @@ import itertools
 import math
 import mmap
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -806,7 +807,10 @@ class SparseqSparseMLP(nn.Module):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits, weights, indices = self.router(flat, None if token_mask is None else token_mask.reshape(-1))
         # The router's choice is what is balanced and counted, whether or not its output is masked.
-        outputs = self.experts(flat, *self._mask_outputs(indices, weights)).view_as(hidden_states)
+        chosen, chosen_weights = self._mask_outputs(indices, weights)
+        if self.experts.num_experts < self.router.num_experts:
+            chosen = self._spread_padding(chosen)
+        outputs = self.experts(flat, chosen, chosen_weights).view_as(hidden_states)
         if self.shared_experts is not None:
             outputs = outputs + self.shared_experts(hidden_states)[0]
         return outputs, (logits, indices)
@@ -817,7 +821,16 @@ class SparseqSparseMLP(nn.Module):
             return indices, weights
         masked = torch.rand_like(weights) < self.output_masking
         weights = (weights / (1.0 - self.output_masking)).masked_fill(masked, 0.0)
-        return indices.masked_fill(masked, self.experts.num_experts), weights
+        return indices.masked_fill(masked, self.router.num_experts), weights
+
+    def _spread_padding(self, indices: torch.Tensor) -> torch.Tensor:
+        """
+        `indices` `(N, K)` with real experts in place of E, evenly. Under expert parallelism the library sends each row
+        to the process that has its expert; the expert E is nowhere. With a weight of zero the row adds nothing.
+        """
+        experts = self.router.num_experts
+        spread = torch.arange(indices.numel(), device=indices.device).view_as(indices) % experts
+        return torch.where(indices < experts, indices, spread)
 
 
 def make_norm(config: SparseqConfig) -> nn.Module:
@@ -984,6 +997,9 @@ class SparseqPreTrainedModel(PreTrainedModel):
     def __init__(self, config: SparseqConfig, *inputs: Any, **kwargs: Any):
         # Fields that were set after the configuration was made, as `from_pretrained(..., num_experts=4)` does.
         config.validate_architecture()
+        if (distributed_config := getattr(config, "distributed_config", None)) is not None:
+            # Here `from_pretrained(..., distributed_config=...)` has read no weights yet.
+            config.check_parallelism(distributed_config)
         super().__init__(config, *inputs, **kwargs)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
@@ -1040,11 +1056,48 @@ class SparseqPreTrainedModel(PreTrainedModel):
                 _copy_code(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def init_parallel_plans(self) -> None:
+        """The library's, without the rules for what this configuration has not, which it would warn about."""
+        super().init_parallel_plans()
+        names = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in (*self.named_modules(), *self.named_parameters())}
+        for kind in ("_tp_plan", "_ep_plan", "_fsdp_plan"):
+            setattr(self, kind, {name: style for name, style in getattr(self, kind).items() if name in names})
+
+    def gather_sharded_state_dict_for_save(
+        self, model_to_save: PreTrainedModel, state_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        # Gathered, tied weights no longer share memory, by which the library finds what to save once.
+        gathered = super().gather_sharded_state_dict_for_save(model_to_save, state_dict, *args, **kwargs)
+        if gathered is state_dict:
+            return state_dict
+        tied = self.all_tied_weights_keys
+        return {name: tensor for name, tensor in gathered.items() if tied.get(name) not in gathered}
+
     def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         # Copied again, because only files newer than the save's beginning are uploaded.
         if os.path.isfile(os.path.join(working_dir, "config.json")):
             _copy_code(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """
+        The library's, after which tied weights must be cut alike.
+
+        Raises:
+            ValueError: if the plan cuts tied weights differently.
+        """
+        model = super().maybe_distribute_model(model, *args, **kwargs)
+        for target, source in model.all_tied_weights_keys.items():
+            cuts = [getattr(model.get_parameter(name), "placements", None) for name in (target, source)]
+            if cuts[0] != cuts[1]:
+                raise ValueError(
+                    f"`{target}` is tied to `{source}`, but the plan cuts them differently: {cuts[0]} and {cuts[1]}. "
+                    "Give both modules rules that cut the vocabulary, as the model's own plan does "
+                    '("embedding_rowwise", and "colwise_gather_output" for `lm_head`), or untie them: '
+                    "`tie_word_embeddings=False`"
+                )
+        return model
 
     @classmethod
     def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
@@ -1060,7 +1113,7 @@ class SparseqPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, SparseqExperts):
                 stacked = sum(parameter.numel() for parameter in module.parameters())
-                total -= stacked // module.num_experts * idle
+                total -= stacked // self.config.num_experts * idle
         return total
 
     def routers(self, stack: str) -> list[SparseqRouter]:
@@ -1125,6 +1178,30 @@ class SparseqStack(SparseqPreTrainedModel):
     """What the encoder and the decoder share: embeddings, positions, layers and the final norm."""
 
     layers: nn.ModuleList
+    # Plans of `transformers.distributed`. Here, not in the configuration, whose plans the library would apply to the
+    # root, the encoder and the decoder alike.
+    _tp_plan = {
+        "embed_tokens": "embedding_rowwise",
+        **{f"layers.*.{kind}.{name}_proj": "colwise" for kind in ("self_attn", "encoder_attn") for name in "qkv"},
+        **{f"layers.*.{kind}.out_proj": "rowwise" for kind in ("self_attn", "encoder_attn")},
+        **{
+            f"layers.*.mlp{kind}.{name}_proj": "colwise" for kind in ("", ".shared_experts") for name in ("gate", "up")
+        },
+        **{f"layers.*.mlp{kind}.down_proj": "rowwise" for kind in ("", ".shared_experts")},
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.up_proj": "colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+    }
+    _ep_plan = {
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+        **{
+            f"layers.*.mlp.experts.{name}_proj{bias}": "grouped_gemm"
+            for name in ("gate_up", "up", "down")
+            for bias in ("", "_bias")
+        },
+    }
+    _fsdp_plan = {"embed_tokens": "free_full_weight", "layers.*": "free_full_weight", "norm": "keep_full_weight"}
 
     def __init__(self, config: SparseqConfig, layer_class: type[nn.Module], layers: int, heads: int):
         super().__init__(config)
@@ -1355,6 +1432,8 @@ class SparseqDecoder(SparseqStack):
 class SparseqModel(SparseqPreTrainedModel):
     """Encoder and decoder without an output projection; `AutoModel` loads it."""
 
+    _tp_plan = {"shared": "embedding_rowwise"}
+
     def __init__(self, config: SparseqConfig):
         super().__init__(config)
         self.shared: nn.Module = nn.Embedding(config.vocab_size, config.d_model)
@@ -1363,6 +1442,8 @@ class SparseqModel(SparseqPreTrainedModel):
         self._tied_weights_keys = {"encoder.embed_tokens.weight": "shared.weight"}
         if config.share_encoder_decoder_embeddings:
             self._tied_weights_keys["decoder.embed_tokens.weight"] = "shared.weight"
+        # One module, not only one weight: FSDP2 refuses a weight that it finds in modules of different groups.
+        self.set_input_embeddings(self.shared)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -1448,12 +1529,15 @@ class SparseqEncoderModel(SparseqPreTrainedModel):
     """The encoder alone; `AutoModelForTextEncoding` loads it, also from a sequence-to-sequence checkpoint."""
 
     _keys_to_ignore_on_load_unexpected = [r"decoder\.", r"lm_head\.", "final_logits_bias"]
+    _tp_plan = {"shared": "embedding_rowwise"}
 
     def __init__(self, config: SparseqConfig):
         super().__init__(config)
         self.shared: nn.Module = nn.Embedding(config.vocab_size, config.d_model)
         self.encoder = SparseqEncoder(config)
         self._tied_weights_keys = {"encoder.embed_tokens.weight": "shared.weight"}
+        # One module, not only one weight: FSDP2 refuses a weight that it finds in modules of different groups.
+        self.set_input_embeddings(self.shared)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -1535,6 +1619,9 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
     `AutoModelForSeq2SeqLM` loads it.
     """
 
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
     def __init__(self, config: SparseqConfig):
         super().__init__(config)
         self.model = SparseqModel(config)
@@ -1589,6 +1676,10 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         model_input_name: str | None,
         generation_config: GenerationConfig,
     ) -> dict[str, Any]:
+        if self._registers_with_fsdp("_maybe_prepare_encoder_kwargs_for_generation"):
+            return self._maybe_prepare_encoder_kwargs_for_generation(
+                inputs_tensor, model_kwargs, model_input_name, generation_config
+            )
         # generate() derives no mask for encoder-decoders; without this, padding would be attended to at every step.
         if model_input_name == "input_ids" and model_kwargs.get("attention_mask") is None:
             mask = self._padding_mask(inputs_tensor)
@@ -1597,6 +1688,20 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         return super()._maybe_prepare_encoder_kwargs_for_generation(  # type: ignore[misc]  # the mixin types self
             inputs_tensor, model_kwargs, model_input_name, generation_config
         )
+
+    def _registers_with_fsdp(self, method: str) -> bool:
+        """
+        Where FSDP2 has sharded this model, have it gather weights for `method`, too, and say whether that is new. For
+        generate() runs the encoder before, and outside of, the forward of the model that gathers them.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or method in vars(self):
+            return False
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+        if not isinstance(self, FSDPModule):
+            return False
+        register_fsdp_forward_method(self, method)
+        return True
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         # A static cache turns the mask into one of four dimensions, from which positions cannot be counted.
