@@ -41,7 +41,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "average",
         help="average the weights of several checkpoints",
-        description="Write the mean of the weights of several checkpoints (Vaswani et al. 2017, section 6.1) as a "
+        description="Write the mean of the weights of several checkpoints (Vaswani et al. 2017, section 6.1) as a\n"
         "folder that loads like any of them. Checkpoints of any model will do, if they are safetensors.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -107,7 +107,7 @@ def write_average(checkpoints: Sequence[str | Path], output: str | Path, *, forc
 
 def _last_checkpoints(folders: Sequence[Path], number: int) -> list[Path]:
     """The last checkpoints of a run: of `sparseq train`, which has a folder for them, or of Trainer."""
-    from sparseq.training.averaging import complete_checkpoints
+    from sparseq.training.checkpoints import complete_checkpoints
 
     if len(folders) != 1:
         raise ValueError(f"--last takes the folder of one run, but there are {len(folders)}: {_names(folders)}.")
@@ -116,7 +116,9 @@ def _last_checkpoints(folders: Sequence[Path], number: int) -> list[Path]:
     run_folder = folders[0]
     if not run_folder.is_dir():
         raise FileNotFoundError(f"There is no folder {run_folder}.")
-    found = complete_checkpoints(run_folder) or complete_checkpoints(run_folder / "checkpoints")
+    # As `sparseq train` averages: a save that only an interruption brought about is left out.
+    places = (run_folder, run_folder / "checkpoints")
+    found = next((some for place in places if (some := complete_checkpoints(place, scheduled=True))), [])
     if len(found) < number:
         has = f"{len(found)} ({_names([path.name for path in found])})" if found else "none"
         raise ValueError(

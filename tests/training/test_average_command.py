@@ -22,6 +22,7 @@ from transformers import (
 from sparseq.cli import main
 from sparseq.training import average_command
 from sparseq.training.average_command import write_average
+from sparseq.training.checkpoints import publish_checkpoint
 from tests.tiny import VOCAB, source_batch, tiny_model
 
 
@@ -164,6 +165,15 @@ def test_the_last_of_a_run(layout: str, checkpoints: list[Path], tmp_path: Path)
     note = json.loads((tmp_path / "average" / "averaging.json").read_text())
     assert note["checkpoints"] == [str(path) for path in moved[1:]]
     assert_is_mean(tmp_path / "average", moved[1:])
+
+
+def test_a_save_that_an_interruption_brought_about_does_not_count(checkpoints: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(checkpoints[0], run / "written")
+    publish_checkpoint(run / "written", run / "checkpoint-1050", world_size=1, scheduled=False)
+    assert main(["average", str(run), "--last", "2", "--output", str(tmp_path / "average")]) == 0
+    note = json.loads((tmp_path / "average" / "averaging.json").read_text())
+    assert note["checkpoints"] == [str(path) for path in checkpoints[1:]]
 
 
 @pytest.mark.parametrize("layout", [".", "checkpoints"])

@@ -1,0 +1,136 @@
+"""What `sparseq score` compares: models that translate, and files that hold translations already."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+from transformers.utils.logging import disable_progress_bar
+
+import sparseq  # noqa: F401  # registers the model type with the Auto classes
+from sparseq.data.lines import read_lines
+from sparseq.tokenization_sparseq import source_prefix
+from sparseq.training.evaluation import translate_batchwise
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+
+
+@dataclass(frozen=True)
+class System:
+    """A model, checked as far as that goes without loading its weights, or a file of translations.
+
+    Attributes:
+        name: As the user gave it: a folder, a Hub id or a file.
+        tokenizer: The model's; None for a file.
+        translations: The file's lines; None for a model.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase | None = None
+    translations: list[str] | None = None
+
+    def translate(self, sources: Sequence[str], target: str, *, batch_tokens: int, **options: Any) -> list[str]:
+        """The translations of `sources` into the language `target`; `options` are those of generate()."""
+        if self.translations is not None:
+            return self.translations
+        assert self.tokenizer is not None
+        # Of the weights, which load in a moment; translating has its own.
+        disable_progress_bar()
+        return translate_batchwise(
+            AutoModelForSeq2SeqLM.from_pretrained(self.name),
+            self.tokenizer,
+            sources,
+            prefix=source_prefix(self.tokenizer, target),
+            batch_tokens=batch_tokens,
+            progress=True,
+            **options,
+        )
+
+
+def open_system(name: str, *, lines: int) -> System:
+    """A model or a file of translations, with everything checked that can be checked before a model is loaded.
+
+    Args:
+        name: Folder or Hub id of a sequence-to-sequence model, or a file with one translation a line (or .gz).
+        lines: How many translations the test set needs.
+
+    Raises:
+        FileNotFoundError: `name` can only be a path, and nothing is there.
+        ValueError: The file has another number of lines; or the folder or Hub id holds no sequence-to-sequence model
+            with weights and a tokenizer.
+    """
+    path = Path(name)
+    if path.is_file():
+        translations = list(read_lines(path))
+        if len(translations) != lines:
+            raise ValueError(
+                f"{name} has {len(translations):,} lines, but the test set has {lines:,}: line i must translate "
+                "sentence i. An empty translation is an empty line."
+            )
+        return System(name, translations=translations)
+    if path.is_dir():
+        _check_folder(path)
+    elif _is_path(name):
+        raise FileNotFoundError(_nothing_at(path))
+    _check_config(name)
+    return System(name, tokenizer=_tokenizer(name))
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name under which nothing exists cannot be a Hub id, or is surely not meant as one."""
+    path = Path(name)
+    if path.is_absolute() or name.startswith((".", "~")) or name.endswith("/") or len(path.parts) > 2:
+        return True
+    # "outputs/tiny" could be a Hub id; where there is a folder "outputs" it is a slip of the pen.
+    return len(path.parts) == 2 and path.parent.is_dir()
+
+
+def _nothing_at(path: Path) -> str:
+    parent = next(folder for folder in path.absolute().parents if folder.is_dir())
+    names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
+    listing = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
+    return f"There is no folder or file {path}. {parent} holds: {listing or 'nothing'}."
+
+
+def _check_folder(folder: Path) -> None:
+    # An adapter has its base model's name in place of a configuration.
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        inside = sorted({path.parent.relative_to(folder) for path in folder.glob("**/config.json")})[:5]
+        hint = f" Models are in its {', '.join(map(str, inside))}." if inside else ""
+        raise ValueError(f"{folder} has no config.json, so it is no model's folder.{hint}")
+    if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        raise ValueError(f"{folder} has a configuration but no weights (model.safetensors, or shards with an index).")
+
+
+def _check_config(name: str) -> None:
+    if (Path(name) / "adapter_config.json").is_file():
+        return
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise ValueError(f"{name}/config.json cannot be read: {_first_line(error)}") from error
+        raise ValueError(
+            f"There is no folder or file {name}, and no model of that name could be read from the Hub: "
+            f"{_first_line(error)}"
+        ) from error
+    remote = getattr(config, "auto_map", None) or {}
+    if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and "AutoModelForSeq2SeqLM" not in remote:
+        raise ValueError(f"{name} is a model of type {config.model_type!r}, which is not sequence-to-sequence.")
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} has no tokenizer that can be loaded ({_first_line(error)}). Save it beside the weights: "
+            f"tokenizer.save_pretrained({name!r})."
+        ) from error
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
