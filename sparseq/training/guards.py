@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 # Logged losses whose median is judged: up to two outliers among them change nothing.
 _WINDOW = 5
@@ -94,27 +94,25 @@ class StopRequest:
             signal.signal(signum, previous)
         self._previous = {}
 
-    def act(self, signum: int) -> None:
-        """Let a signal have the effect that it would have had; returns only if that is none.
+    def act(self, signum: int) -> NoReturn:
+        """Let a signal have the effect that it would have had, and end the program in any case.
 
         Raises:
-            KeyboardInterrupt: For Ctrl-C, unless the program handles it otherwise.
-            SystemExit: For SIGTERM, with status 143, unless the program handles it otherwise.
+            KeyboardInterrupt: For Ctrl-C.
+            SystemExit: For SIGTERM, with status 143; a handler of the program's own is called before.
         """
         previous: Callable[[int, FrameType | None], object] | Any = self._previous.get(signum, signal.SIG_DFL)
         self.restore()
         if callable(previous):
             previous(signum, None)
-        elif signum == signal.SIGINT:
+        if signum == signal.SIGINT:
             raise KeyboardInterrupt
-        else:
-            # What a shell reports for a command ended by a signal.
-            sys.exit(128 + signum)
+        # What a shell reports for a command ended by a signal.
+        sys.exit(128 + signum)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum == self.signum == signal.SIGINT:
             self.act(signum)
-            return
         if self.signum is None:
             self.signum = signum
             # Not `print`: the signal may have come in the middle of one.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -252,9 +252,8 @@ class SparseqTrainer(Seq2SeqTrainer):
         self.is_in_train = False
         assert self._stop.signum is not None
         self._act_on_signal(self._stop.signum)
-        return TrainOutput(self.state.global_step, math.nan, {})
 
-    def _act_on_signal(self, signum: int) -> None:
+    def _act_on_signal(self, signum: int) -> NoReturn:
         """Say how to go on, and let the signal have its usual effect."""
         if self.is_world_process_zero():
             print(

@@ -34,6 +34,7 @@ class Kill:
         after: Only when the function has done its work.
         half: Before, write half of what `torch.save` would have written.
         signum: The signal.
+        rank: Of several processes, the one that gets it; None for all.
     """
 
     where: str
@@ -41,9 +42,12 @@ class Kill:
     after: bool = False
     half: bool = False
     signum: int = signal.SIGKILL
+    rank: int | None = None
 
     def arm(self) -> None:
         """Put the trap into this process."""
+        if self.rank is not None and os.environ["RANK"] != str(self.rank):
+            return
         module, _, path = self.where.partition(":")
         owner: Any = importlib.import_module(module)
         *parents, name = path.split(".")
