@@ -5,8 +5,9 @@ from pathlib import Path
 
 _DESCRIPTION = """\
 Train a sequence-to-sequence model from a recipe, a YAML file with the sections model, tokenizer, data, training and
-decoding. Trains the tokenizer, trains the model on batches filled to a token budget, averages the last checkpoints,
-translates and scores the test split, and writes a folder that AutoModelForSeq2SeqLM.from_pretrained loads.
+decoding; start and lora, to go on from a trained model. Trains the tokenizer, trains the model on batches filled to a
+token budget, averages the last checkpoints, translates and scores the test split, and writes a folder that
+AutoModelForSeq2SeqLM.from_pretrained loads.
 
 An interrupted run continues from its last complete checkpoint when the same command is given again.
 """
@@ -19,6 +20,8 @@ examples:
       check the recipe and the data, print sizes and schedule; train nothing
   sparseq train tiny-sparse data.folder=corpus data.source=en data.target=de data.test=test --output outputs/tiny
       train on corpus/train.en and corpus/train.de (or .gz), validate on corpus/val.*, score corpus/test.*
+  sparseq train finetune start.checkpoint=outputs/tiny data.folder=... --output outputs/finetuned
+      go on with all weights of a trained model; `lora` in place of `finetune` trains an adapter of it
   sparseq train my-recipe.yaml training.max_steps=500 seed=2 --output outputs/trial
       a recipe of your own, with two values changed
   accelerate launch --num_processes 2 scripts/train.py tiny-sparse data.folder=... --output outputs/tiny
@@ -88,6 +91,12 @@ def run(args: argparse.Namespace) -> int:
     result = train(recipe, output, resume=not args.no_resume, bootstrap=args.bootstrap)
     # Every process of a distributed run gets here; one of them speaks.
     if PartialState().is_main_process:
+        for name, pair in result.language_pairs.items():
+            scores = pair["scores"]
+            print(
+                f"{name:12}BLEU {scores['bleu']:.2f}, chrF {scores['chrf']:.2f}, validation loss "
+                f"{pair['validation_loss']:.3f}"
+            )
         _report(result.scores, result.seconds, result.validation_loss)
         print(f"The model is in {output}.")
     return 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from copy import deepcopy
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import AutoPeftModelForSeq2SeqLM, IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,6 +21,7 @@ from sparseq import SparseqForConditionalGeneration
 from sparseq.modeling_sparseq import SparseqExperts
 from sparseq.training.callback import SparseqCallback
 from sparseq.training.lora import Preset, lora_config, refuse_frozen_experts
+from sparseq.training.recipes import LoraRecipe, build_recipe
 from sparseq.training.trainer import SparseqTrainer, SparseqTrainingArguments
 from tests.tiny import source_batch, tiny_model
 from tests.tolerances import assert_close
@@ -332,3 +335,21 @@ def test_other_models_and_routers_of_dense_ones_are_refused() -> None:
         lora_config(T5ForConditionalGeneration(T5Config(vocab_size=8, d_model=8, d_ff=8, num_layers=1, num_heads=1)))
     with pytest.raises(ValueError, match="`train_routers` needs a model with experts"):
         lora_config(base("dense"), "attention", train_routers=True)
+
+
+def test_the_code_of_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "lora.md").read_text("utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    merged = AutoModelForSeq2SeqLM.from_pretrained("merged").eval()
+    again = AutoPeftModelForSeq2SeqLM.from_pretrained("adapter").eval()
+    assert_close(logits(merged), logits(again), torch.float32)
+    plain = get_peft_model(AutoModelForSeq2SeqLM.from_pretrained("base"), names["quiet"])
+    refuse_frozen_experts(plain)
+    assert not torch.allclose(logits(plain), logits(merged), atol=1e-3)
+    recipe = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)[0])
+    assert build_recipe("document", recipe).lora == LoraRecipe(rank=8, alpha=16)

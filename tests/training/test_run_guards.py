@@ -72,7 +72,7 @@ def test_a_tokenizer_with_other_special_tokens_is_refused(tmp_path: Path) -> Non
     )
     foreign.save_pretrained(tmp_path / "foreign")
     folder = corpus(tmp_path / "a", "abcdefgh")
-    with pytest.raises(ValueError, match="`pad_token_id` is 1, but a recipe's model has 0"):
+    with pytest.raises(ValueError, match="`pad_token_id` is 1, but the model has 0"):
         train(recipe(folder, f"tokenizer.path={tmp_path / 'foreign'}"), tmp_path / "out", progress=False)
 
 

@@ -1,0 +1,298 @@
+"""Starting from a checkpoint instead of random weights: fine-tuning the whole model, or an adapter of it."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import sparseq  # noqa: F401  # registers the model type with the Auto classes
+from sparseq.tokenization_sparseq import SparseqTokenizer, language_tag
+from sparseq.training.lora import lora_config
+from sparseq.training.recipes import LoraRecipe, Recipe, StartRecipe
+
+_TAG = re.compile(r"<2[\w-]+>")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint to start from, known to fit a recipe; its weights are not loaded yet.
+
+    Attributes:
+        folder: Where its files are; for an id of the Hub, in the cache.
+        name: What an adapter calls its base model: the absolute path of a folder, or the id.
+        config: Its configuration with the recipe's changes, and with the vocabulary that it will have.
+        tokenizer: Its tokenizer, with the new tags.
+        new_tags: Language tags that its tokenizer had not.
+    """
+
+    folder: Path
+    name: str
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    new_tags: tuple[str, ...] = ()
+
+    def sha256(self) -> dict[str, str]:
+        """Hash of each file that decides what is trained: configuration, weights and tokenizer."""
+        names = [*sorted(p.name for p in self.folder.glob("*.safetensors")), "config.json", "tokenizer.json"]
+        return {name: _sha256(self.folder / name) for name in names if (self.folder / name).is_file()}
+
+
+def open_checkpoint(recipe: Recipe, output_dir: Path | None = None) -> Checkpoint:
+    """Find the checkpoint that a recipe starts from and check everything that can be known before weights are loaded.
+
+    Args:
+        recipe: A recipe with a section start.
+        output_dir: Where the run will write, which must not be over the checkpoint.
+
+    Raises:
+        ValueError: The recipe names no checkpoint; it is not there, no Sparseq model, an adapter, or incomplete; the
+            recipe's changes, adapter, lengths or languages do not fit it; or the run would write over it.
+    """
+    start = recipe.start
+    if start is None or start.checkpoint is None:
+        raise ValueError(
+            f"recipe {recipe.name} needs start.checkpoint: add start.checkpoint=FOLDER, a model that `sparseq train` "
+            "or `save_pretrained` has written, or the id of one on the Hub."
+        )
+    folder = _locate(start)
+    _check_files(folder, start.checkpoint)
+    if output_dir is not None and folder.resolve().is_relative_to(output_dir.resolve()):
+        raise ValueError(
+            f"`start.checkpoint` ({start.checkpoint}) lies in the output folder {output_dir}, which would be written "
+            "over. Give another --output."
+        )
+    config: Any = AutoConfig.from_pretrained(folder, **recipe.model)
+    # Changes are applied without being checked.
+    config.validate_architecture()
+    _check_balancing(folder, config)
+    recipe.check_lengths(config)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    named = f"`start.checkpoint` ({start.checkpoint}) has a tokenizer"
+    check_special_tokens(tokenizer, config, named, "Save the model's own tokenizer there")
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"`start.checkpoint` ({start.checkpoint}) has a tokenizer of {len(tokenizer)} tokens, but its model knows "
+            f"{config.vocab_size}. Save its own tokenizer there."
+        )
+    new_tags = _new_tags(tokenizer, recipe)
+    if new_tags:
+        # The method needs nothing but a fast tokenizer, which may be of another class.
+        SparseqTokenizer.add_language_tags(tokenizer, new_tags)  # type: ignore[arg-type]
+        config.vocab_size = max(config.vocab_size, len(tokenizer))
+    if recipe.lora is not None:
+        _lora_config(config, recipe.lora)
+    name = str(folder.resolve()) if Path(start.checkpoint).is_dir() else start.checkpoint
+    return Checkpoint(folder, name, config, tokenizer, new_tags)
+
+
+def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The checkpoint's model in float32, with a row for each new language tag: the mean of the tags that it knows.
+
+    Raises:
+        ValueError: The weights do not fill the model.
+    """
+    config = checkpoint.config
+    vocab_size, config.vocab_size = config.vocab_size, _read_config(checkpoint.folder)["vocab_size"]
+    # float32 whatever the checkpoint's type: small steps would be lost in bfloat16 weights.
+    model, report = AutoModelForSeq2SeqLM.from_pretrained(
+        checkpoint.folder, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    # Biases of loss-free balancing begin at zero where the checkpoint was balanced otherwise.
+    lacking = [name for name in report["missing_keys"] if not name.endswith("e_score_correction_bias")]
+    if lacking or report["mismatched_keys"]:
+        named = sorted(lacking) + sorted(str(key) for key in report["mismatched_keys"])
+        raise ValueError(f"The weights in {checkpoint.folder} do not fill the model: {', '.join(named[:5])}.")
+    model.name_or_path = checkpoint.name
+    if vocab_size > model.config.vocab_size:
+        model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    _fill_new_tags(model, checkpoint)
+    return model
+
+
+def add_adapter(model: PreTrainedModel, checkpoint: Checkpoint, recipe: Recipe) -> Any:
+    """A PEFT model around `model` as the recipe's section lora says; new language tags are trained with it."""
+    from peft import get_peft_model
+
+    assert recipe.lora is not None
+    assert recipe.start is not None
+    vocabulary = checkpoint.tokenizer.get_vocab()
+    new_ids = [vocabulary[tag] for tag in checkpoint.new_tags]
+    options = {"trainable_token_indices": new_ids} if new_ids else {}
+    return get_peft_model(
+        model, _lora_config(model.config, recipe.lora, **options), revision=_revision(recipe.start, checkpoint)
+    )
+
+
+def load_adapter_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Put the weights of a saved adapter into a PEFT model that has one of the same shape.
+
+    Raises:
+        ValueError: The names differ.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    expected = get_peft_model_state_dict(model).keys()
+    if odd := sorted(expected ^ weights.keys()):
+        raise ValueError(f"The adapter's weights do not fit the model, for instance {', '.join(odd[:5])}.")
+    set_peft_model_state_dict(model, weights)
+
+
+def count_trained_parameters(recipe: Recipe, config: PretrainedConfig) -> int:
+    """Parameters that a run of `recipe` trains, without making them."""
+    with torch.device("meta"):
+        model: Any = AutoModelForSeq2SeqLM.from_config(config)
+        if recipe.lora is not None:
+            from peft import get_peft_model
+
+            model = get_peft_model(model, _lora_config(config, recipe.lora))
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def check_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, named: str, way_out: str
+) -> None:
+    """Refuse a tokenizer whose special tokens are not the model's.
+
+    Args:
+        tokenizer, config: What is to go together.
+        named: How the recipe names the tokenizer.
+        way_out: What to do about it.
+
+    Raises:
+        ValueError: An id differs, or the tokenizer does not end a text.
+    """
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        wanted = getattr(config, name)
+        if getattr(tokenizer, name) not in (wanted if isinstance(wanted, list) else [wanted]):
+            raise ValueError(
+                f"{named} whose `{name}` is {getattr(tokenizer, name)}, but the model has {wanted}. {way_out}."
+            )
+    ends = tokenizer("a")["input_ids"]
+    if not ends or ends[-1] != tokenizer.eos_token_id:
+        raise ValueError(
+            f"{named} that does not put its end-of-sentence token behind a text, so the model would "
+            f"never learn to stop. {way_out}."
+        )
+
+
+def _locate(start: StartRecipe) -> Path:
+    assert start.checkpoint is not None
+    if Path(start.checkpoint).is_dir():
+        return Path(start.checkpoint)
+    try:
+        # Of the top folder only: a run's checkpoints may lie below it.
+        folder = snapshot_download(
+            start.checkpoint,
+            revision=start.revision,
+            allow_patterns=["*.json", "*.safetensors"],
+            ignore_patterns=["*/*"],
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"`start.checkpoint` is {start.checkpoint}, but there is no such folder, and as an id of the Hub it "
+            f"cannot be loaded: {reason}"
+        ) from error
+    return Path(folder)
+
+
+def _check_files(folder: Path, named: str) -> None:
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            merged = folder / "merged"
+            way_out = f"start from {merged}" if merged.is_dir() else "merge it first (`merge_and_unload`), and save it"
+            raise ValueError(f"`start.checkpoint` ({named}) is an adapter, not a model: {way_out}.")
+        raise ValueError(f"`start.checkpoint` ({named}) has no config.json, so it is no model.")
+    kind = _read_config(folder).get("model_type")
+    if kind != "sparseq":
+        raise ValueError(
+            f"`start.checkpoint` ({named}) is a model of type {kind!r}, but `sparseq train` fine-tunes Sparseq "
+            "models; a stock Seq2SeqTrainer trains others."
+        )
+    if not any((folder / name).is_file() for name in _WEIGHTS):
+        raise ValueError(f"`start.checkpoint` ({named}) has no weights: there is no {' or '.join(_WEIGHTS)}.")
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(
+            f"`start.checkpoint` ({named}) has no tokenizer.json. Save the tokenizer that the model was trained with "
+            "into the folder, `tokenizer.save_pretrained(folder)`."
+        )
+
+
+def _check_balancing(folder: Path, config: Any) -> None:
+    before = _read_config(folder).get("router_balancing", type(config)().router_balancing)
+    if before == "loss_free" and config.router_balancing != before:
+        raise ValueError(
+            f'`model.router_balancing` is "{config.router_balancing}", but the checkpoint\'s is "loss_free": without '
+            "its selection biases it would choose other experts than it was trained with. Leave it out."
+        )
+
+
+def _new_tags(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[str, ...]:
+    """Tags of the recipe's target languages that the tokenizer lacks.
+
+    A tokenizer without any tags belongs to a model of one language pair, which needs none.
+    """
+    assert recipe.start is not None
+    languages = dict.fromkeys(place.target for place in recipe.data.places() if place.target is not None)
+    known = sorted(token for token in tokenizer.get_vocab() if _TAG.fullmatch(token))
+    missing = tuple(tag for tag in map(language_tag, languages) if tag not in known)
+    if not missing or (not known and not recipe.start.add_language_tags):
+        return ()
+    if not recipe.start.add_language_tags:
+        raise ValueError(
+            f"`start.checkpoint` ({recipe.start.checkpoint}) translates into {', '.join(known)}, but the data asks "
+            f"for {', '.join(missing)}. Add start.add_language_tags=true to teach it."
+        )
+    return missing
+
+
+@torch.no_grad()
+def _fill_new_tags(model: Any, checkpoint: Checkpoint) -> None:
+    vocabulary = checkpoint.tokenizer.get_vocab()
+    new = [vocabulary[tag] for tag in checkpoint.new_tags]
+    if not new:
+        return
+    known = [index for token, index in vocabulary.items() if _TAG.fullmatch(token) and index not in new]
+    tables = [model.get_input_embeddings(), model.get_decoder().get_input_embeddings(), model.get_output_embeddings()]
+    for weight in {id(table.weight): table.weight for table in tables}.values():
+        weight[new] = weight[known or range(min(new))].mean(dim=0)
+
+
+def _lora_config(config: Any, section: LoraRecipe, **options: Any) -> Any:
+    if section.dropout:
+        options["lora_dropout"] = float(section.dropout)
+    return lora_config(
+        config,
+        section.preset,
+        rank=section.rank,
+        alpha=section.alpha,
+        train_routers=section.train_routers,
+        **options,
+    )
+
+
+def _revision(start: StartRecipe, checkpoint: Checkpoint) -> str | None:
+    """The commit of the Hub that an adapter was trained on, so that it stays with it; None for a folder."""
+    return None if checkpoint.name != start.checkpoint else checkpoint.folder.name
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return PretrainedConfig.get_config_dict(folder)[0]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
