@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -361,6 +362,27 @@ def test_weights_that_do_not_fill_the_model_are_refused(base: TrainResult, build
     recipe = build(start={"checkpoint": str(folder)})
     with pytest.raises(ValueError, match=r"do not fill the model: model.encoder.layers.1.mlp.experts.down_proj"):
         load_model(open_checkpoint(recipe))
+
+
+def test_half_precision_weights_are_trained_in_float32(base: TrainResult, build: Build, tmp_path: Path) -> None:
+    folder = shutil.copytree(base.output_dir, tmp_path / "it", ignore=shutil.ignore_patterns("checkpoints"))
+    AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    model = load_model(open_checkpoint(build(start={"checkpoint": str(folder)})))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_an_id_of_the_hub_is_pinned_to_its_commit(base: TrainResult, build: Build) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = Path(os.environ["HF_HOME"]) / "hub" / "models--someone--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    shutil.copytree(base.output_dir, cached / "snapshots" / commit, ignore=shutil.ignore_patterns("checkpoints"))
+    recipe = build(start={"checkpoint": "someone/model"}, lora={"preset": "attention"})
+    checkpoint = open_checkpoint(recipe)
+    adapted = add_adapter(load_model(checkpoint), checkpoint, recipe)
+    config = adapted.peft_config["default"]
+    assert (config.base_model_name_or_path, config.revision) == ("someone/model", commit)
 
 
 def test_experts_and_dropout_are_refused_before_the_weights_are_loaded(build: Build) -> None:
