@@ -1,6 +1,7 @@
 """Score a trained model on parallel text; the same as `sparseq score`.
 
 python scripts/score.py outputs/tiny --data corpus --source en --target de --split test --bootstrap 1000
+python scripts/score.py outputs/tiny --baseline outputs/dense --data corpus --source en --target de --metrics chrf
 python scripts/score.py --help
 """
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, BertConfig, PreTrainedTokenizerFast
 
 from sparseq.cli import main
@@ -143,6 +144,21 @@ def test_a_model_against_a_file(
     comparison = json.loads(output.read_text("utf-8"))["comparison"]
     assert {test["difference"] for test in comparison.values()} == {0}
     assert {test["p_value"] for test in comparison.values()} == {1}
+
+
+def test_an_adapter(
+    models_folder: Path, options: list[str], corpus: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = AutoModelForSeq2SeqLM.from_pretrained(models_folder / "first")
+    # Random from the start: by default a new adapter changes nothing.
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    expected = translate_batchwise(adapted.merge_and_unload(), tokenizer, lines(corpus / "test.xx"))
+    assert expected != translations(models_folder / "first", tokenizer, corpus)
+    files = ["--output", str(tmp_path / "score.json"), "--translations", str(tmp_path / "out.yy")]
+    assert main(["score", str(tmp_path / "adapter"), *options, *files]) == 0
+    assert lines(tmp_path / "out.yy") == expected
 
 
 def broken(folder: Path, source: Path, *, without: str) -> str:
