@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,9 @@ from transformers import (
 )
 
 import sparseq
-from sparseq.data.cleaning import describe_defects
-from sparseq.data.collation import PairCollator, TokenizedPairs, tokenize_pairs
-from sparseq.data.mixing import MixedPairs
-from sparseq.data.parallel import ParallelReport, ParallelText, join, join_reports, read_pairs
+from sparseq.data.collation import PairCollator
+from sparseq.data.parallel import ParallelReport, ParallelText
 from sparseq.data.store import Store
-from sparseq.metrics import translation_scores
-from sparseq.tokenization_sparseq import source_prefix
 from sparseq.training.allocator import keep_freed_memory
 from sparseq.training.averaging import average_checkpoints
 from sparseq.training.checkpoints import (
@@ -44,7 +40,6 @@ from sparseq.training.checkpoints import (
     remove_leftovers,
     write_json,
 )
-from sparseq.training.evaluation import translate_batchwise
 from sparseq.training.recipes import DataRecipe, Recipe
 from sparseq.training.start import (
     Checkpoint,
@@ -53,6 +48,18 @@ from sparseq.training.start import (
     load_adapter_weights,
     load_model,
     open_checkpoint,
+)
+from sparseq.training.text import (
+    describe_tokens,
+    language_pairs,
+    languages,
+    locate_data,
+    read_splits,
+    score_text,
+    sentences,
+    tokenize_splits,
+    translate_text,
+    write_translations,
 )
 from sparseq.training.trainer import SparseqTrainer, SparseqTrainingArguments
 
@@ -81,7 +88,9 @@ class TrainResult:
         validation_loss: Cross-entropy per target token of the saved weights on the validation split.
         steps: Optimizer updates made in all.
         seconds: Wall-clock time of each part of this call ("tokenizer", "training", "decoding", "total", ...).
-        sources, references, translations: The scored split.
+        sources, references, translations: The scored split, one language pair after the other.
+        language_pairs: "scores" and "validation_loss" of each language pair where the run has several; `scores` has
+            their means then.
     """
 
     output_dir: Path
@@ -92,6 +101,7 @@ class TrainResult:
     sources: list[str] = field(repr=False)
     references: list[str] = field(repr=False)
     translations: list[str] = field(repr=False)
+    language_pairs: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
 
 
 class _Stopwatch:
@@ -159,10 +169,10 @@ def train(
             tokenizer = _load_or_train_tokenizer(recipe, data, texts[data.train], output_dir, progress)
     with state.main_process_first(), watch.part("tokenization"):
         shows = progress and state.is_main_process
-        pairs, reports = _tokenize(recipe, data, texts, tokenizer, store, progress=shows)
+        pairs, reports = tokenize_splits(recipe, data, texts, tokenizer, store, progress=shows)
         if state.is_main_process:
             store.prune()
-    for line in _describe_tokens(reports):
+    for line in describe_tokens(reports):
         say(line)
     set_seed(recipe.seed)
     model = _make_model(recipe, tokenizer, checkpoint)
@@ -183,15 +193,15 @@ def train(
         steps = _train_or_resume(trainer, recipe, output_dir / _CHECKPOINTS)
     with watch.part("averaging"):
         validation_loss = _load_average(trainer, recipe, output_dir / _CHECKPOINTS)
+        losses = _losses_by_pair(trainer, texts[data.validation])
     if recipe.lora is not None:
         # Otherwise the adapter would be added to the weights anew for every token.
         model.merge_adapter()
     state.wait_for_everyone()
     with watch.part("decoding"):
         shows = progress and state.is_main_process
-        translations = _translate(model, tokenizer, scored, recipe, data, progress=shows)
-    references = list(scored.targets)
-    scores = translation_scores(translations, references, bootstrap=bootstrap)
+        translations = translate_text(model, tokenizer, scored, recipe, data, progress=shows)
+    scores, scores_by_pair = score_text(translations, scored, bootstrap=bootstrap)
     result = TrainResult(
         output_dir,
         scores,
@@ -199,84 +209,14 @@ def train(
         steps,
         watch.finish(),
         list(scored.sources),
-        references,
+        list(scored.targets),
         translations,
+        {name: {"scores": one, "validation_loss": losses[name]} for name, one in scores_by_pair.items()},
     )
     if state.is_main_process:
-        _save(result, recipe, data, reports, model, tokenizer, trainer, start_sha256)
+        _save(result, recipe, data, scored, reports, model, tokenizer, trainer, start_sha256)
     state.wait_for_everyone()
     return result
-
-
-def locate_data(recipe: Recipe, output_dir: Path) -> DataRecipe:
-    """The data section with its folder; writes the generated corpus into `output_dir` where the recipe asks for it.
-
-    Raises:
-        ValueError: The recipe names neither a folder nor a generated corpus, or no languages.
-    """
-    data = recipe.data
-    if data.folder is None and data.generated_pairs:
-        from sparseq.data.grammar import generate_corpus, write_corpus
-
-        folder = output_dir / _GENERATED_DATA
-        # The complete corpus appears at once: a run killed while writing must not leave half of it behind.
-        if not folder.is_dir():
-            partial = output_dir / f"{_GENERATED_DATA}.partial"
-            write_corpus(generate_corpus(train_size=data.generated_pairs, seed=recipe.seed), partial)
-            partial.rename(folder)
-        return replace(data, folder=str(folder))
-    if data.test_files is not None and data.test is None:
-        data = replace(data, test="test")
-    places = data.places()
-    by_name = [place for place in places if place.dataset is None and not place.files]
-    missing = ["data.folder"] if any(place.folder is None for place in by_name) else []
-    missing += [f"data.{side}" for side in ("source", "target") if any(getattr(p, side) is None for p in by_name)]
-    if missing:
-        raise ValueError(
-            f"recipe {recipe.name} needs {', '.join(missing)}: add, for instance, data.folder=DIR data.source=en "
-            "data.target=de for files DIR/train.en, DIR/train.de, DIR/val.en, DIR/val.de; or data.dataset=..., a "
-            "dataset or table; docs/data.md has all ways."
-        )
-    return data
-
-
-def read_splits(data: DataRecipe, store: Store | None = None, *, progress: bool = False) -> dict[str, ParallelText]:
-    """The training, validation and test text of a located data section, by the name of the split.
-
-    Args:
-        data: What `locate_data` returns.
-        store: Keeps the text on disk. None: in memory.
-        progress: Show progress bars.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: A dataset, split or column is missing, or the text is defective.
-    """
-    splits = dict.fromkeys([data.train, data.validation, *([data.test] if data.test else [])])
-    places = data.places()
-    texts = {}
-    # Everything is found before anything is read, which may take long.
-    policies = {split: data.policy() if split == data.train else data.policy().for_evaluation() for split in splits}
-    opened = {
-        split: [place.open(split, refuse_bytes=policies[split].not_utf8 == "refuse") for place in places]
-        for split in splits
-    }
-    for split, sources in opened.items():
-        parts = [
-            read_pairs(
-                source,
-                split,
-                policies[split],
-                language=place.target,
-                language_pair=place.name if len(places) > 1 else None,
-                max_pairs=data.max_pairs if split == data.train else 0,
-                store=store,
-                progress=progress,
-            )
-            for place, source in zip(places, sources, strict=True)
-        ]
-        texts[split] = join(split, parts)
-    return texts
 
 
 def _prepare_output(recipe: Recipe, output_dir: Path, *, resume: bool) -> None:
@@ -382,10 +322,10 @@ def _load_or_train_tokenizer(
         from sparseq.training.tokenizer import train_tokenizer
 
         tokenizer = train_tokenizer(
-            _sentences(text, data.tokenizer_sentences),
+            sentences(text, data.tokenizer_sentences),
             vocab_size=section.vocab_size,
             algorithm=section.algorithm,
-            language_tags=_languages(text),
+            language_tags=languages(text),
             lowercase=section.lowercase,
             min_frequency=section.min_frequency,
             character_coverage=section.character_coverage,
@@ -396,81 +336,6 @@ def _load_or_train_tokenizer(
         tokenizer.save_pretrained(partial)
         partial.rename(folder)
     return AutoTokenizer.from_pretrained(folder)
-
-
-def _sentences(text: ParallelText, limit: int) -> Iterator[str]:
-    """The sources, then the targets, of each language pair; at most `limit` of them, evenly spaced."""
-    step = max(1.0, 2 * len(text) / limit)
-    for part in text.parts or (text,):
-        for side in (part.sources, part.targets):
-            due = 0.0
-            for position, sentence in enumerate(side):
-                if position >= due:
-                    due += step
-                    yield sentence
-
-
-def _languages(text: ParallelText) -> list[str]:
-    """The target languages, each once."""
-    return list(dict.fromkeys(part.language for part in text.parts or (text,) if part.language is not None))
-
-
-def _prefix(tokenizer: PreTrainedTokenizerBase, text: ParallelText, *, alone: bool) -> str:
-    """What the sources of one language pair begin with.
-
-    Raises:
-        ValueError: The run has several pairs, and the tokenizer no tag for the target language of this one.
-    """
-    prefix = source_prefix(tokenizer, text.language) if text.language is not None else ""
-    if not prefix and not alone:
-        raise ValueError(
-            f"`tokenizer.path` names a tokenizer without the tag <2{text.language}>, which tells the language pairs "
-            "of this run apart. Add it with `SparseqTokenizer.add_language_tags`, or leave the path out."
-        )
-    return prefix
-
-
-def _tokenize(
-    recipe: Recipe,
-    data: DataRecipe,
-    texts: dict[str, ParallelText],
-    tokenizer: PreTrainedTokenizerBase,
-    store: Store,
-    *,
-    progress: bool,
-) -> tuple[dict[str, TokenizedPairs | MixedPairs], dict[str, ParallelReport]]:
-    """Training and validation text as ids, and the reports of all splits."""
-    limit = min(data.max_length, recipe.training.tokens_per_batch // 2)
-    pairs: dict[str, TokenizedPairs | MixedPairs] = {}
-    reports = {name: text.report for name, text in texts.items()}
-    for split in dict.fromkeys([data.train, data.validation]):
-        is_training = split == data.train
-        done = [
-            tokenize_pairs(
-                tokenizer,
-                part,
-                max_length=limit,
-                policy=data.policy() if is_training else data.policy().for_evaluation(),
-                source_prefix=_prefix(tokenizer, part, alone=not texts[split].parts),
-                store=store,
-                progress=progress,
-            )
-            for part in texts[split].parts or (texts[split],)
-        ]
-        reports[split] = join_reports(split, [report for _, report in done])
-        parts = [part for part, _ in done]
-        temperature = float(data.temperature) if is_training else 1.0
-        pairs[split] = parts[0] if len(parts) == 1 else MixedPairs(parts, temperature=temperature, seed=recipe.seed)
-    return pairs, reports
-
-
-def _describe_tokens(reports: dict[str, ParallelReport]) -> Iterator[str]:
-    """What tokenisation has found, which the reports of the text did not have yet."""
-    for report in reports.values():
-        for part in report.parts or (report,):
-            found = {kind: part.defects[kind] for kind in ("too_long", "unbalanced") if kind in part.defects}
-            for words in describe_defects(found, part.unit):
-                yield f"{part.name}, in tokens: {words}"
 
 
 def _make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint | None) -> Any:
@@ -564,34 +429,21 @@ def _load_average(trainer: SparseqTrainer, recipe: Recipe, checkpoints: Path) ->
     return trainer.evaluate()["eval_loss"]
 
 
-def _translate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: ParallelText,
-    recipe: Recipe,
-    data: DataRecipe,
-    *,
-    progress: bool,
-) -> list[str]:
-    """Translations of all language pairs, one pair after the other."""
-    translations: list[str] = []
-    for part in text.parts or (text,):
-        translations += translate_batchwise(
-            model,
-            tokenizer,
-            list(part.sources),
-            prefix=_prefix(tokenizer, part, alone=not text.parts),
-            batch_tokens=recipe.decoding.batch_tokens,
-            max_source_length=data.max_length,
-            progress=progress,
-        )
-    return translations
+def _losses_by_pair(trainer: SparseqTrainer, text: ParallelText) -> dict[str, float]:
+    """Validation loss of each language pair, where there are several."""
+    names = [name for name, _, _ in language_pairs(text)]
+    parts = getattr(trainer.eval_dataset, "parts", [])
+    return {
+        name: trainer.evaluate(part, metric_key_prefix=f"eval_{name}")[f"eval_{name}_loss"]
+        for name, part in zip(names, parts, strict=True)
+    }
 
 
 def _save(
     result: TrainResult,
     recipe: Recipe,
     data: DataRecipe,
+    scored: ParallelText,
     reports: dict[str, ParallelReport],
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -603,9 +455,7 @@ def _save(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     split = data.test or data.validation
-    (folder / f"{split}.{data.target}.translated").write_text(
-        "".join(line.replace("\n", " ") + "\n" for line in result.translations), encoding="utf-8"
-    )
+    write_translations(folder, split, scored, result.translations)
     results = {
         "recipe": recipe.name,
         "split": split,
@@ -613,6 +463,7 @@ def _save(
         "target": data.target,
         "scores": result.scores,
         "validation_loss": result.validation_loss,
+        "language_pairs": result.language_pairs,
         "steps": result.steps,
         "parameters": model.num_parameters(),
         "active_parameters": model.config.num_parameters(active=True),

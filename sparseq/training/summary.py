@@ -80,7 +80,7 @@ def training_flops(config: SparseqConfig) -> tuple[int, int]:
 
 def _describe_data(recipe: Recipe, update: int) -> list[str]:
     from sparseq.data.store import Store
-    from sparseq.training.run import locate_data, read_splits
+    from sparseq.training.text import locate_data, read_splits
 
     with tempfile.TemporaryDirectory() as scratch:
         data = locate_data(recipe, Path(scratch))

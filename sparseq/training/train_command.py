@@ -22,6 +22,10 @@ examples:
       train on corpus/train.en and corpus/train.de (or .gz), validate on corpus/val.*, score corpus/test.*
   sparseq train finetune start.checkpoint=outputs/tiny data.folder=... --output outputs/finetuned
       go on with all weights of a trained model; `lora` in place of `finetune` trains an adapter of it
+  sparseq train tiny-sparse data.dataset=wmt/wmt16 data.dataset_config=de-en data.source=en data.target=de
+      train on a dataset of the Hub; data.dataset may be a table or a saved dataset too
+  sparseq train tiny-sparse data.folder=corpus "data.pairs=[en-de, en-fr, de-en]" data.test=test
+      several language pairs in one run
   sparseq train my-recipe.yaml training.max_steps=500 seed=2 --output outputs/trial
       a recipe of your own, with two values changed
   accelerate launch --num_processes 2 scripts/train.py tiny-sparse data.folder=... --output outputs/tiny
@@ -29,7 +33,7 @@ examples:
 
 in the output folder: model.safetensors, config.json, tokenizer.json, generation_config.json, results.json (scores,
 seconds, loss curve), manifest.json (versions, commit, seed, hashes of the data, recipe), SPLIT.LANGUAGE.translated,
-and checkpoints/ (delete it when you are done).
+checkpoints/ and cache/ (text and tokens; delete both when you are done).
 """
 
 

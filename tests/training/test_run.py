@@ -16,7 +16,8 @@ from sparseq.metrics import translation_scores
 from sparseq.training.averaging import average_checkpoints, complete_checkpoints
 from sparseq.training.callback import SparseqCallback
 from sparseq.training.recipes import Recipe, build_recipe
-from sparseq.training.run import TrainResult, locate_data, train
+from sparseq.training.run import TrainResult, train
+from sparseq.training.text import locate_data
 
 WORDS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs"}
 COMMANDS = {
