@@ -542,7 +542,9 @@ def _check_start(tree: Mapping[str, Any], model: Mapping[str, Any], where: str) 
         return
     if tree.get("tokenizer"):
         named = ", ".join(f"tokenizer.{key}" for key in tree["tokenizer"])
-        raise ValueError(f"{where}: the tokenizer is that of start.checkpoint; leave out {named}")
+        raise ValueError(
+            f"{where}: the tokenizer is that of start.checkpoint; leave out {named}, or take recipe finetune or lora"
+        )
     for key, value in model.items():
         if key not in _CHANGEABLE:
             raise ValueError(

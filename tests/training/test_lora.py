@@ -223,7 +223,7 @@ def test_two_adapters_take_turns() -> None:
 
 
 @pytest.mark.parametrize("balancing", ["aux_loss", "loss_free"])
-def test_both_trainers_train_routers_and_adapters(balancing: str, tmp_path: Path) -> None:
+def test_routers_are_trained_beside_an_adapter(balancing: str, tmp_path: Path) -> None:
     model = adapted(base(router_balancing=balancing, router_bias_update_rate=0.1), train_routers=True)
     trainer = stock_trainer(tmp_path, model, callbacks=[SparseqCallback()], max_steps=3)
     trainer.train()
@@ -235,6 +235,19 @@ def test_both_trainers_train_routers_and_adapters(balancing: str, tmp_path: Path
     for router, before in zip(routers, old, strict=True):
         assert not torch.equal(router.weight, before.weight)
         assert balancing == "aux_loss" or router.e_score_correction_bias.any()
+
+
+def test_training_an_adapter_computes_logits_at_labels_only(tmp_path: Path) -> None:
+    model = adapted(base())
+    asked: list[Any] = []
+    model.get_base_model().register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(kwargs.get("skip_logits")), with_kwargs=True
+    )
+    arguments = SparseqTrainingArguments(
+        str(tmp_path), max_steps=1, save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    SparseqTrainer(model=model, args=arguments, train_dataset=examples(), data_collator=Collator()).train()
+    assert asked == [True]
 
 
 # PEFT writes into the configurations it is given, so each test takes copies.
