@@ -13,8 +13,8 @@ from tests.distributed.scenarios import Results
 
 ROOT = Path(__file__).parents[2]
 WORLD_SIZE = 2
-# Measured: about 30 s on one core. A rank that waits for one that has failed would wait for half an hour.
-TIMEOUT = 300
+# Measured: 75 s of one core. A rank that waits for one that has failed would wait for half an hour.
+TIMEOUT = 500
 _WORKER = """
 import os, sys
 from pathlib import Path
@@ -24,9 +24,15 @@ run_all(Path(sys.argv[1]), int(os.environ["RANK"]))
 
 
 @pytest.fixture(scope="session")
-def on_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Results:
+def two_processes_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the two processes share; each scenario has one of its name in it."""
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="session")
+def on_two_processes(two_processes_folder: Path) -> Results:
     """What each of two processes found in a scenario, by the scenario's name."""
-    folder = tmp_path_factory.mktemp("distributed")
+    folder = two_processes_folder
     worker = folder / "worker.py"
     worker.write_text(_WORKER, encoding="utf-8")
     # `--standalone` takes a free port.

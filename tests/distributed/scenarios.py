@@ -10,6 +10,7 @@ from transformers import Seq2SeqTrainer
 from sparseq.data.collation import PairCollator, TokenizedPairs
 from sparseq.training.callback import SparseqCallback
 from sparseq.training.trainer import SparseqTrainer, SparseqTrainingArguments
+from tests.distributed import plans
 from tests.tiny import tiny_model
 from tests.training.stock import BiasRecorder, examples, first_update, selection_biases, stock_trainer
 
@@ -120,6 +121,7 @@ SCENARIOS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "loss_free": lambda folder: loss_free(folder, **CUT),
     "stock logs": lambda folder: stock_logs(folder, **CUT),
     "sparseq logs": sparseq_logs,
+    **plans.SCENARIOS,
 }
 
 
