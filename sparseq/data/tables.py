@@ -226,7 +226,8 @@ def _open_dataset(source: str, config: str | None, split: str, text_columns: Seq
                 rows = splits[_find_split(source, split, list(splits))]
     except _SplitMissing:
         raise
-    except (ValueError, OSError, EOFError, TypeError, datasets.exceptions.DatasetsError) as error:
+    # A dataset that would run a script is a RuntimeError.
+    except (ValueError, OSError, EOFError, TypeError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         if path.is_dir():
             raise ValueError(f"{source} cannot be read as a dataset: {_reason(error)}") from error
         raise ValueError(

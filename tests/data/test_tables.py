@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -142,6 +143,24 @@ def test_a_missing_value_is_an_empty_side(tmp_path: Path) -> None:
         "empty_target": (3,),
     }
     assert "row 2" in str(text.report)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_of_the_hub_is_known_by_its_commit(streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load(source: str, config: str | None, **options: Any) -> Any:
+        asked.append((source, config, options))
+        rows = table(nested=True)
+        return {"train": rows.to_iterable_dataset() if options["streaming"] else rows}
+
+    builder = SimpleNamespace(hash="0123abc", config=None)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda source, config: builder)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    place = PairPlace("en", "de", dataset="some/set", dataset_config="de-en", streaming=streaming)
+    assert read(place) == list(zip(EN, DE, strict=True))
+    assert place.open("train").files == {"some/set, de-en": "0123abc"}
+    assert asked[0] == ("some/set", "de-en", {"streaming": streaming})
 
 
 def test_hashes_tell_contents_apart_and_not_places(tmp_path: Path) -> None:
