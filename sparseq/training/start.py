@@ -246,17 +246,18 @@ def _new_tags(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[str, 
     A tokenizer without any tags belongs to a model of one language pair, which needs none.
     """
     assert recipe.start is not None
-    languages = dict.fromkeys(place.target for place in recipe.data.places() if place.target is not None)
+    places = recipe.data.places()
+    languages = dict.fromkeys(place.target for place in places if place.target is not None)
     known = sorted(token for token in tokenizer.get_vocab() if _TAG.fullmatch(token))
     missing = tuple(tag for tag in map(language_tag, languages) if tag not in known)
-    if not missing or (not known and not recipe.start.add_language_tags):
+    if recipe.start.add_language_tags or not missing:
+        return missing
+    if not known and len(places) == 1:
         return ()
-    if not recipe.start.add_language_tags:
-        raise ValueError(
-            f"`start.checkpoint` ({recipe.start.checkpoint}) translates into {', '.join(known)}, but the data asks "
-            f"for {', '.join(missing)}. Add start.add_language_tags=true to teach it."
-        )
-    return missing
+    raise ValueError(
+        f"`start.checkpoint` ({recipe.start.checkpoint}) has the language tags {', '.join(known) or '(none)'}, but "
+        f"the data asks for {', '.join(missing)}. Add start.add_language_tags=true to teach it."
+    )
 
 
 @torch.no_grad()

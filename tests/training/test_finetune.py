@@ -217,9 +217,7 @@ def test_a_new_language_starts_as_the_mean_of_the_known_ones_and_travels_with_th
     build: Build, tmp_path: Path
 ) -> None:
     french = {"target": "fr"}
-    with pytest.raises(
-        ValueError, match=r"translates into <2de>, but the data asks for <2fr>.*add_language_tags=true"
-    ):
+    with pytest.raises(ValueError, match=r"has the language tags <2de>, but the data asks for <2fr>.*tags=true"):
         open_checkpoint(build(data=french))
     recipe = build(data=french, start={"add_language_tags": True}, lora={"preset": "attention"})
     checkpoint = open_checkpoint(recipe)
@@ -362,6 +360,24 @@ def test_weights_that_do_not_fill_the_model_are_refused(base: TrainResult, build
     recipe = build(start={"checkpoint": str(folder)})
     with pytest.raises(ValueError, match=r"do not fill the model: model.encoder.layers.1.mlp.experts.down_proj"):
         load_model(open_checkpoint(recipe))
+
+
+def test_a_model_of_one_pair_needs_no_tags_and_one_of_several_does(
+    base: TrainResult, build: Build, corpus: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(base.output_dir, tmp_path / "it", ignore=shutil.ignore_patterns("checkpoints"))
+    # The tag becomes an ordinary word of the vocabulary.
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((folder / name).read_text().replace("<2de>", "<xde>"))
+    start = {"checkpoint": str(folder)}
+    assert open_checkpoint(build(start=start)).new_tags == ()
+    pairs = {"pairs": ["en-de", "de-en"], "source": None, "target": None}
+    with pytest.raises(ValueError, match=r"has the language tags \(none\), but the data asks for <2de>, <2en>"):
+        open_checkpoint(build(start=start, data=pairs))
+    with_tags = open_checkpoint(build(start={**start, "add_language_tags": True}, data=pairs))
+    assert with_tags.new_tags == ("<2de>", "<2en>")
+    table: Any = load_model(with_tags).get_input_embeddings().weight
+    torch.testing.assert_close(table[-2:], table[:-2].mean(dim=0).expand(2, -1))
 
 
 def test_half_precision_weights_are_trained_in_float32(base: TrainResult, build: Build, tmp_path: Path) -> None:
