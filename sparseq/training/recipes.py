@@ -294,7 +294,7 @@ class TrainingRecipe:
         eval_steps: Updates between measurements of the validation loss; 0 measures it at the end only.
         logging_steps: Updates between log lines.
         average_checkpoints: The final weights are the mean of that many last checkpoints; 1 takes the last one.
-        bf16: Mixed precision in bfloat16.
+        bf16: Mixed precision in bfloat16; "auto" uses it where the hardware multiplies it faster than float32.
     """
 
     max_steps: int = 100_000
@@ -313,7 +313,7 @@ class TrainingRecipe:
     eval_steps: int = 1000
     logging_steps: int = 50
     average_checkpoints: int = 5
-    bf16: bool = False
+    bf16: bool | Literal["auto"] = "auto"
 
     def validate_values(self) -> None:
         """Refuse values out of range."""

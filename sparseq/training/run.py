@@ -40,6 +40,7 @@ from sparseq.training.checkpoints import (
     remove_leftovers,
     write_json,
 )
+from sparseq.training.precision import uses_bf16
 from sparseq.training.recipes import DataRecipe, Recipe
 from sparseq.training.start import (
     Checkpoint,
@@ -183,7 +184,7 @@ def train(
 
     trainer = SparseqTrainer(
         model=model,
-        args=_training_arguments(recipe, output_dir, progress),
+        args=_training_arguments(recipe, output_dir, model.config.d_model, progress),
         train_dataset=pairs[data.train],
         eval_dataset=pairs[data.validation],
         data_collator=PairCollator(tokenizer.pad_token_id),
@@ -364,7 +365,7 @@ def _generation_config(recipe: Recipe, model: PreTrainedModel) -> GenerationConf
     )
 
 
-def _training_arguments(recipe: Recipe, output_dir: Path, progress: bool) -> SparseqTrainingArguments:
+def _training_arguments(recipe: Recipe, output_dir: Path, d_model: int, progress: bool) -> SparseqTrainingArguments:
     section = recipe.training
     return SparseqTrainingArguments(
         output_dir=str(output_dir / _CHECKPOINTS),
@@ -380,7 +381,7 @@ def _training_arguments(recipe: Recipe, output_dir: Path, progress: bool) -> Spa
         adam_epsilon=section.adam_epsilon,
         weight_decay=float(section.weight_decay),
         max_grad_norm=float(section.max_grad_norm),
-        bf16=section.bf16,
+        bf16=uses_bf16(section.bf16, d_model),
         eval_strategy="steps" if section.eval_steps else "no",
         eval_steps=section.eval_steps or None,
         save_strategy="steps",
@@ -468,6 +469,7 @@ def _save(
         "parameters": model.num_parameters(),
         "active_parameters": model.config.num_parameters(active=True),
         "trained_parameters": model.num_parameters(only_trainable=True),
+        "bf16": trainer.args.bf16,
         "seconds": result.seconds,
         "log": trainer.state.log_history,
     }

@@ -3,8 +3,9 @@
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Literal
 
-from sparseq.configuration_sparseq import SparseqConfig
+from sparseq.training.precision import uses_bf16
 from sparseq.training.recipes import Recipe
 
 _BYTES_PER_PARAMETER = 4
@@ -36,6 +37,7 @@ def describe(recipe: Recipe) -> str:
         f"{trained:,} trained",
         f"compute     {source / 1e6:,.1f} million FLOPs a source token, {target / 1e6:,.1f} million a target token in "
         "training, attention scores not counted",
+        f"precision   {_precision(training.bf16, config.d_model)}",
         f"memory      {held / 2**20:,.0f} MiB for weights, gradients and Adam, activations on top",
         f"batches     {training.tokens_per_batch:,} {training.budget_counts} tokens x "
         f"{training.gradient_accumulation_steps} = {update:,} an update and device",
@@ -47,13 +49,21 @@ def describe(recipe: Recipe) -> str:
     return "\n".join([*lines, *_describe_data(recipe, update)])
 
 
-def training_flops(config: SparseqConfig) -> tuple[int, int]:
+def _precision(choice: bool | Literal["auto"], d_model: int) -> str:
+    used = "mixed with bfloat16" if uses_bf16(choice, d_model) else "float32"
+    return f"{used} (training.bf16 is auto)" if choice == "auto" else used
+
+
+def training_flops(config: Any) -> tuple[int, int]:
     """
     Floating-point operations of a training step for each source token and for each target token.
 
     2 a multiply-add in the matrices that a token meets forward, and twice that backward (Kaplan et al. 2020,
     arXiv 2001.08361, section 2.1). The products of queries with keys, which grow with the square of the length, are
     left out, and so are look-ups, norms and activations.
+
+    Args:
+        config: A `SparseqConfig`.
     """
     d = config.d_model
     source = target = 0
