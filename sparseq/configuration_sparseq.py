@@ -393,9 +393,13 @@ class SparseqConfig(PreTrainedConfig):
             self._check_tensor_parallelism(distributed_config.tp_size, has_cut_experts)
 
     def _check_tensor_parallelism(self, tp_size: int, has_cut_experts: bool) -> None:
-        parts = ["attention_heads", "num_key_value_heads", "ffn_dim"]
-        names = [f"{stack}_{part}" for stack in ("encoder", "decoder") for part in parts]
-        if has_cut_experts or self.num_shared_experts:
+        names = [
+            f"{stack}_{part}_heads" for stack in ("encoder", "decoder") for part in ("attention", "num_key_value")
+        ]
+        # Widths that some layer has.
+        names += ["encoder_ffn_dim"] if len(self.sparse_layers("encoder")) < self.encoder_layers else []
+        names += ["decoder_ffn_dim"] if len(self.sparse_layers("decoder")) < self.decoder_layers else []
+        if has_cut_experts or self.num_shared_experts * self.expert_ffn_dim % tp_size:
             names.append("expert_ffn_dim")
         for name in names:
             if getattr(self, name) % tp_size:

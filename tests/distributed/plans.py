@@ -72,7 +72,11 @@ NOISY: dict[str, dict[str, Any]] = {
         "expert_output_masking": 0.1,
     }
 }
-MODELS = {**DENSE, **SPARSE, **BIASED, **NOISY}
+# With as many key-value heads as four processes need.
+WIDE: dict[str, dict[str, Any]] = {
+    "sparse wide": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+}
+MODELS = {**DENSE, **SPARSE, **BIASED, **NOISY, **WIDE}
 CASES = [
     *[(plan, model) for plan in PLANS for model in (DENSE if "experts" not in plan else {}) | SPARSE],
     *[(plan, model) for plan in PLANS if plan != "tensors" for model in BIASED],
@@ -106,13 +110,14 @@ def cut_model(
     model: str,
     auto_class: Any = SparseqForConditionalGeneration,
     rules: dict[str, str] | None = None,
+    plans: dict[str, dict[str, Any]] = PLANS,
     **arguments: Any,
 ) -> Any:
-    """The same weights, cut; `rules` take the place of the plan's own."""
+    """The same weights, cut; `rules` take the place of the plan's own, which is one of `plans`."""
     # The first process saves it.
     whole_model(model).save_pretrained(folder / "start")
     torch.distributed.barrier()
-    fields = PLANS[plan] if rules is None else {**PLANS[plan], "tp_plan": rules}
+    fields = plans[plan] if rules is None else {**plans[plan], "tp_plan": rules}
     return auto_class.from_pretrained(folder / "start", distributed_config=DistributedConfig(**fields), **arguments)
 
 
@@ -162,6 +167,7 @@ def observe(
     if model.config.router_balancing == "loss_free":
         model.update_router_bias()
     found["biases"] = selection_biases(model)
+    found["active parameters"] = model.num_active_parameters()
     if save:
         model.save_pretrained(folder / "saved")
     return found

@@ -12,6 +12,7 @@ from transformers.distributed import DistributedConfig
 
 from sparseq import SparseqForConditionalGeneration
 from tests.distributed import plans
+from tests.distributed.meshes import MESHES, MODEL
 from tests.distributed.scenarios import Results
 from tests.tiny import source_batch, tiny_config
 from tests.tolerances import assert_close
@@ -57,6 +58,7 @@ def assert_same(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
             assert rank[kind].keys() == expected[kind].keys()
             for name, tensor in expected[kind].items():
                 assert_close(rank[kind][name], tensor, torch.float32, f"{kind} {name}")
+        assert rank["active parameters"] == expected["active parameters"]
         assert rank["biases"].keys() == expected["biases"].keys()
         assert all(torch.equal(rank["biases"][name], bias) for name, bias in expected["biases"].items())
 
@@ -141,6 +143,19 @@ def test_a_stock_trainer_ends_with_the_same_model(
     assert_same_folder(two_processes_folder / f"trained with {plan}" / "saved", tmp_path / "saved")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_four_processes_cut_in_two_ways(mesh: str, on_four_processes: Results, of_one_process: Whole) -> None:
+    ranks, shares = on_four_processes(mesh), MESHES[mesh][1]
+    expected, _ = of_one_process(MODEL)
+    if shares[0] is None:
+        assert_same(ranks, expected)
+    else:
+        first, second = ([rank for rank, of in zip(ranks, shares, strict=True) if of == share] for share in (0, 1))
+        for pair in zip(first, second, strict=True):
+            assert_same(together(list(pair), True), expected)
+
+
 def test_loading_says_what_cannot_be_cut(on_two_processes: Results) -> None:
     for rank in on_two_processes("refusals"):
         assert "`expert_bias=True` has no plan for `tp_size` (2) alone" in rank["biased"]
@@ -153,7 +168,9 @@ def test_loading_says_what_cannot_be_cut(on_two_processes: Results) -> None:
     ("fields", "plan", "message"),
     [
         ({"decoder_num_key_value_heads": 1}, {"tp_size": 2}, r"`decoder_num_key_value_heads` \(1\).*`tp_size` \(2\)"),
-        ({"encoder_ffn_dim": 47}, {"tp_size": 2}, r"`encoder_ffn_dim` \(47\) must be a multiple"),
+        ({"encoder_ffn_dim": 47, "encoder_sparse_step": 2}, {"tp_size": 2}, r"`encoder_ffn_dim` \(47\) must be"),
+        ({"decoder_ffn_dim": 47, "decoder_sparse_step": 0}, {"tp_size": 2}, r"`decoder_ffn_dim` \(47\) must be"),
+        ({"expert_ffn_dim": 7, "num_shared_experts": 1}, {"tp_size": 2, "ep_size": 2}, r"`expert_ffn_dim` \(7\)"),
         ({"expert_ffn_dim": 7}, {"tp_size": 2}, r"`expert_ffn_dim` \(7\) must be a multiple"),
         (
             {"encoder_attention_heads": 4, "encoder_num_key_value_heads": 4},
@@ -187,6 +204,9 @@ def test_a_configuration_says_what_cannot_be_cut(fields: dict[str, Any], plan: d
         ({"decoder_num_key_value_heads": 1, "num_experts": 5, "encoder_ffn_dim": 47}, {"fsdp_size": 2}),
         ({"decoder_num_key_value_heads": 1, "expert_dropout": 0.1}, {"fsdp_size": 2, "ep_size": 2}),
         ({"num_experts": 5, "expert_dropout": 0.1}, {"tp_size": 2}),
+        # No layer has this width.
+        ({"encoder_ffn_dim": 47, "decoder_ffn_dim": 47, "expert_ffn_dim": 8}, {"tp_size": 2}),
+        ({"expert_ffn_dim": 7, "num_shared_experts": 2}, {"tp_size": 2, "ep_size": 2}),
     ],
 )
 def test_what_can_be_cut_is_not_refused(fields: dict[str, Any], plan: dict[str, Any]) -> None:
