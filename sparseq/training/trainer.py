@@ -317,7 +317,7 @@ class SparseqTrainer(Seq2SeqTrainer):
     def _name_best_checkpoint(self, folder: Path) -> None:
         """The library looks for the best checkpoint in the folder that it writes to."""
         best = self.state.best_global_step
-        if self.state.best_model_checkpoint is None and not best:
+        if not best:
             return
         path = folder / f"checkpoint-{best}"
         if best == self.state.global_step or path.is_dir():
@@ -356,6 +356,8 @@ class SparseqTrainer(Seq2SeqTrainer):
             for path in checkpoints.complete_checkpoints(self._get_output_dir(None))
             if (note := checkpoints.read_note(path)) is None or not note.diverging
         ]
+        # Closes the progress bar and the reporters' files.
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         kept = f"The last good checkpoint is {good[-1]}." if good else "There is no checkpoint from before."
         raise DivergenceError(
             f"At step {self.state.global_step} {what}. {kept} Lower the learning rate (peak "
@@ -543,7 +545,8 @@ class TrainingProgress(TrainerCallback):
 def _unchanged_random_numbers(device: torch.device) -> Iterator[None]:
     """Leave the generators of Python, NumPy, the CPU and `device` as they were."""
     states = random.getstate(), np.random.get_state()
-    devices, kind = ([], "cpu") if device.type == "cpu" else ([device], device.type)
+    # The generator of "mps" is not a device's, so `fork_rng` cannot keep it.
+    devices, kind = ([], "cpu") if device.type in ("cpu", "mps") else ([device], device.type)
     try:
         with torch.random.fork_rng(devices, device_type=kind):
             yield

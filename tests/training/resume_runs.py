@@ -31,6 +31,7 @@ class Kill:
     Attributes:
         where: "module:attribute", such as "torch:save".
         call: Which call, from 1.
+        about: Count only calls with an argument that holds this text.
         after: Only when the function has done its work.
         half: Before, write half of what `torch.save` would have written.
         signum: The signal.
@@ -39,6 +40,7 @@ class Kill:
 
     where: str
     call: int = 1
+    about: str = ""
     after: bool = False
     half: bool = False
     signum: int = signal.SIGKILL
@@ -58,8 +60,9 @@ class Kill:
 
         def trapped(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
-            calls += 1
-            if calls != self.call:
+            counts = not self.about or any(self.about in str(arg) for arg in args)
+            calls += counts
+            if not counts or calls != self.call:
                 return original(*args, **kwargs)
             if self.half:
                 original(*args, **kwargs)
@@ -144,6 +147,9 @@ def _child(
     function: Callable[..., None], args: Sequence[Any], kill: Kill | None, errors: Path, ranks: dict[str, str]
 ) -> None:
     os.environ.update(ranks)
+    # Ignored where the tests were started in the background of a shell.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     with errors.open("w") as file:
         os.dup2(file.fileno(), 1)

@@ -30,6 +30,14 @@ KILLS = {
     "save: named, older ones not deleted": Kill(f"{CHECKPOINTS}:rotate_checkpoints", call=3),
     "save: half a deletion": Kill("shutil:rmtree", call=1),
 }
+# Like others in the list, and as long.
+SLOW = {
+    "before the first checkpoint",
+    "between the optimizer's step and the biases'",
+    "save: weights only",
+    "save: no random numbers",
+    "save: all but the name",
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +52,7 @@ def finish(folder: Path, *args: Any) -> None:
     assert status == [0], folder.with_suffix(".errors").read_text()
 
 
-@pytest.mark.parametrize("name", KILLS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in KILLS])
 def test_a_killed_run_ends_as_if_nothing_had_happened(name: str, whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert run(train, folder, {}, {}, errors=tmp_path / "errors.txt", kill=KILLS[name]) == [-signal.SIGKILL]
@@ -56,6 +64,12 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(name: str, whole: Path, tm
     finish(folder, {}, {})
     assert_same_checkpoint(folder / "checkpoint-12", whole / "checkpoint-12")
     assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-12", "checkpoint-9"]
+
+
+def test_evaluations_leave_training_as_it_is(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert run(train, folder, {}, {"eval_strategy": "no"}, errors=tmp_path / "errors.txt") == [0]
+    assert_same_checkpoint(folder / "checkpoint-12", whole / "checkpoint-12")
 
 
 # Where the signal comes, and the checkpoint that the run leaves when it stops.
@@ -103,7 +117,8 @@ def test_a_run_may_be_stopped_again_and_again(whole: Path, tmp_path: Path) -> No
     assert_same_checkpoint(folder / "checkpoint-12", whole / "checkpoint-12")
 
 
-EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 3}
+# A checkpoint is due at the last step of an epoch, an evaluation at its end.
+EPOCHS = {"eval_strategy": "epoch", "save_steps": 5, "max_steps": -1, "num_train_epochs": 3}
 
 
 def history(folder: Path) -> dict[str, Any]:
@@ -122,9 +137,9 @@ def test_what_is_due_at_the_end_of_an_epoch_is_neither_lost_nor_done_twice(
     point: str, three_epochs: Path, tmp_path: Path
 ) -> None:
     folder, expected = tmp_path / "run", history(three_epochs)
-    per_epoch = expected["max_steps"] // 3
+    assert expected["max_steps"] == 15
     kill = {
-        "end of an epoch": Kill(f"{TRAINER}.training_step", call=4 * per_epoch, signum=signal.SIGTERM),
+        "end of an epoch": Kill(f"{TRAINER}.training_step", call=20, signum=signal.SIGTERM),
         "evaluation at its end": Kill("sparseq.training.callback:SparseqCallback.on_prediction_step", call=7),
     }[point]
     status = run(train, folder, {}, EPOCHS, errors=tmp_path / "errors.txt", kill=kill)
