@@ -45,6 +45,7 @@ EXTRAS = {
     "evaluate": "eval",
     "rouge_score": "eval",
     "matplotlib": "plot",
+    "tensorboard": "tensorboard",
 }
 """Packages that only some users need, and the extra of ours that installs each."""
 

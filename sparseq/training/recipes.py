@@ -294,6 +294,11 @@ class TrainingRecipe:
         eval_steps: Updates between measurements of the validation loss; 0 measures it at the end only.
         logging_steps: Updates between log lines.
         average_checkpoints: The final weights are the mean of that many last checkpoints; 1 takes the last one.
+        final_weights: "average", as said, or "best": the checkpoint with the best `metric`.
+        metric: What validation is judged by: "loss", or "bleu" or "chrf" of greedy translations of the validation
+            split, which are then made at every evaluation.
+        early_stopping_patience: Evaluations without a better `metric` after which training ends; 0 goes on.
+        report_to: Where logs go besides results.json: "none", "tensorboard" (into the output folder) or "wandb".
         bf16: Mixed precision in bfloat16; "auto" uses it where the hardware multiplies it faster than float32.
     """
 
@@ -313,13 +318,29 @@ class TrainingRecipe:
     eval_steps: int = 1000
     logging_steps: int = 50
     average_checkpoints: int = 5
+    final_weights: Literal["average", "best"] = "average"
+    metric: Literal["loss", "bleu", "chrf"] = "loss"
+    early_stopping_patience: int = 0
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
     bf16: bool | Literal["auto"] = "auto"
+
+    @property
+    def selects(self) -> bool:
+        """Whether evaluations decide which weights are kept, or when training ends."""
+        return self.final_weights == "best" or self.early_stopping_patience > 0
 
     def validate_values(self) -> None:
         """Refuse values out of range."""
         _positive(self, "max_steps", "tokens_per_batch", "gradient_accumulation_steps", "learning_rate", "save_steps")
         _positive(self, "logging_steps", "average_checkpoints", "adam_epsilon")
-        _not_negative(self, "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps")
+        _not_negative(self, "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "early_stopping_patience")
+        if self.selects and (self.eval_steps == 0 or self.eval_steps % self.save_steps):
+            # What is evaluated must have been saved, or the best weights would be gone.
+            raise ValueError(
+                f"`final_weights` ({self.final_weights}) and `early_stopping_patience` "
+                f"({self.early_stopping_patience}) compare checkpoints, so `eval_steps` must be a multiple of "
+                f"`save_steps` ({self.save_steps}), but is {self.eval_steps}"
+            )
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 0 and below 1, but is {getattr(self, name)}")

@@ -1,5 +1,6 @@
 """One training run from a recipe: tokenizer, model, training, averaging, scores, and a folder ready to load."""
 
+import importlib
 import json
 import platform
 import shutil
@@ -18,6 +19,7 @@ from accelerate import PartialState
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    EarlyStoppingCallback,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -135,11 +137,13 @@ def train(
         bootstrap: Resamples for confidence intervals of the scores; 0 leaves them out.
 
     Raises:
+        ModuleNotFoundError: `training.report_to` names a package that is not installed.
         ValueError: The recipe names no data, the data is defective, the checkpoint to start from does not fit, or
             `output_dir` holds a run of another recipe.
         FileNotFoundError: A data file is missing.
     """
     output_dir = Path(output_dir)
+    _check_reporter(recipe.training.report_to)
     keep_freed_memory()
     # One bar for the training is enough: the library would add one for every file it writes.
     transformers.utils.logging.disable_progress_bar()
@@ -190,6 +194,7 @@ def train(
         data_collator=PairCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
+    _judge_checkpoints(trainer, recipe, data, texts[data.validation], tokenizer)
     with watch.part("training"):
         steps = _train_or_resume(trainer, recipe, output_dir / _CHECKPOINTS)
     with watch.part("averaging"):
@@ -218,6 +223,12 @@ def train(
         _save(result, recipe, data, scored, reports, model, tokenizer, trainer, start_sha256)
     state.wait_for_everyone()
     return result
+
+
+def _check_reporter(name: str) -> None:
+    """Notice a reporter that is not installed before anything is read."""
+    if name != "none":
+        importlib.import_module(name)
 
 
 def _prepare_output(recipe: Recipe, output_dir: Path, *, resume: bool) -> None:
@@ -292,7 +303,16 @@ def _check_same_checkpoint(output_dir: Path, checkpoint: Checkpoint) -> dict[str
 
 def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
     """What must not change between a run and its continuation, flat."""
-    free = {"logging_steps", "save_steps", "eval_steps", "max_steps", "average_checkpoints", "save_merged"}
+    free = {
+        "logging_steps",
+        "save_steps",
+        "eval_steps",
+        "max_steps",
+        "average_checkpoints",
+        "save_merged",
+        "final_weights",
+        "report_to",
+    }
     # The checkpoint may have moved: its files are hashed.
     free |= {"checkpoint", "revision"}
     if recipe["training"]["lr_scheduler"] in ("linear", "cosine"):
@@ -389,7 +409,10 @@ def _training_arguments(recipe: Recipe, output_dir: Path, d_model: int, progress
         save_total_limit=max(2, section.average_checkpoints),
         logging_steps=section.logging_steps,
         disable_tqdm=not progress,
-        report_to="none",
+        report_to=section.report_to,
+        # The best checkpoint is spared when old ones are deleted.
+        metric_for_best_model=f"eval_{section.metric}" if section.selects else None,
+        greater_is_better=section.metric != "loss" if section.selects else None,
         seed=recipe.seed,
         use_cpu=not torch.accelerator.is_available(),
         # Not the library's: its label names come from a signature that also has `decoder_...` arguments.
@@ -399,6 +422,26 @@ def _training_arguments(recipe: Recipe, output_dir: Path, d_model: int, progress
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def _judge_checkpoints(
+    trainer: SparseqTrainer, recipe: Recipe, data: DataRecipe, text: ParallelText, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Have validation judged as the recipe asks for, and training ended by it."""
+    metric = recipe.training.metric
+    if metric != "loss":
+        # Greedy: beams would say little more about which checkpoint is better, at many times the cost.
+        greedy = {"num_beams": 1, "length_penalty": 1.0, "early_stopping": False}
+
+        def score(model: Any) -> dict[str, float]:
+            scores, _ = score_text(
+                translate_text(model, tokenizer, text, recipe, data, progress=False, **greedy), text
+            )
+            return {name: scores[name] for name in ("bleu", "chrf")}
+
+        trainer.score_generations = score
+    if recipe.training.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(recipe.training.early_stopping_patience))
 
 
 def _train_or_resume(trainer: SparseqTrainer, recipe: Recipe, checkpoints: Path) -> int:
@@ -413,9 +456,13 @@ def _train_or_resume(trainer: SparseqTrainer, recipe: Recipe, checkpoints: Path)
 
 
 def _load_average(trainer: SparseqTrainer, recipe: Recipe, checkpoints: Path) -> float:
-    """Put the mean of the last checkpoints into the model; returns its validation loss."""
+    """Put the mean of the last checkpoints, or the best one, into the model; returns its validation loss."""
     # One from an interruption is no part of the run: the mean must be that of a run never interrupted.
-    chosen = complete_checkpoints(checkpoints, scheduled=True)[-recipe.training.average_checkpoints :]
+    complete = complete_checkpoints(checkpoints, scheduled=True)
+    chosen = complete[-recipe.training.average_checkpoints :]
+    if recipe.training.final_weights == "best":
+        best = TrainerState.load_from_json(str(complete[-1] / "trainer_state.json")).best_global_step
+        chosen = [path for path in complete if checkpoint_step(path) == best]
     weights = average_checkpoints(chosen)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if recipe.lora is not None:

@@ -175,8 +175,9 @@ def translate_text(
     data: DataRecipe,
     *,
     progress: bool,
+    **generation_options: Any,
 ) -> list[str]:
-    """Translations of all language pairs, one pair after the other."""
+    """Translations of all language pairs, one pair after the other; options as for `translate_batchwise`."""
     translations: list[str] = []
     for part in text.parts or (text,):
         translations += translate_batchwise(
@@ -187,6 +188,7 @@ def translate_text(
             batch_tokens=recipe.decoding.batch_tokens,
             max_source_length=data.max_length,
             progress=progress,
+            **generation_options,
         )
     return translations
 

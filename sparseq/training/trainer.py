@@ -6,7 +6,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +74,8 @@ class SparseqTrainer(Seq2SeqTrainer):
     - Where the model takes `skip_logits`, training computes logits at label positions only.
     - `evaluate` averages the loss over label tokens, on length-sorted batches, keeping two numbers between batches.
       With `predict_with_generate` or `compute_metrics` it is the library's.
-    - Logs carry `target_tokens_per_second`; the progress bar shows it with the loss and the time left.
+    - Logs carry `target_tokens_per_second` and the share of `padding`; the progress bar shows them with the loss and
+      the time left.
     - It has a `SparseqCallback`, or keeps the one it is given: router metrics in the logs, loss-free balancing.
     - A run killed at any moment and resumed ends with the weights of a run never interrupted: checkpoints appear whole
       or not at all, SIGTERM and Ctrl-C stop at the end of a step with a checkpoint, evaluation leaves random numbers.
@@ -82,6 +83,8 @@ class SparseqTrainer(Seq2SeqTrainer):
 
     Attributes:
         resume_hint: How to go on, for the line that is printed when a signal has stopped the training.
+        score_generations: Called with the model whenever `eval_dataset` is evaluated; what it returns, BLEU for
+            instance, joins the metrics under their prefix. None: nothing.
 
     Raises:
         ValueError: `label_smoothing_factor` is set, which would bypass the model's own loss, or an argument that
@@ -96,6 +99,7 @@ class SparseqTrainer(Seq2SeqTrainer):
         refuse_label_smoothing(self.args)
         self._refuse_arguments()
         self.resume_hint = "Go on with `trainer.train(resume_from_checkpoint=True)`."
+        self.score_generations: Callable[[Any], dict[str, float]] | None = None
         self._stop = StopRequest()
         self._is_stopped = False
         self._step_seen = self._step_saved = -1
@@ -104,6 +108,9 @@ class SparseqTrainer(Seq2SeqTrainer):
         self._losses: LossWatch | None = None
         self._host_group: Any = None
         self._target_tokens: torch.Tensor | int = 0
+        # Tokens of both sides since the last log, without padding and with it.
+        self._real_tokens: torch.Tensor | int = 0
+        self._padded_tokens = 0
         self._logged_at = time.perf_counter()
         unwrapped = unwrap_peft_model(self.accelerator.unwrap_model(self.model))
         accepted = inspect.signature(unwrapped.forward).parameters
@@ -406,14 +413,21 @@ class SparseqTrainer(Seq2SeqTrainer):
         samples, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if num_items is not None:
             self._target_tokens = self._target_tokens + num_items
+        for batch in samples:
+            if "attention_mask" in batch and "labels" in batch:
+                real = batch["attention_mask"].sum() + batch["labels"].ne(-100).sum()
+                self._real_tokens = self._real_tokens + real
+                self._padded_tokens += batch["attention_mask"].numel() + batch["labels"].numel()
         return samples, num_items
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log `logs`, with target tokens per second since the last log of the training loss."""
+        """Log `logs`, with target tokens per second and the share of padding since the last log of the loss."""
         if "loss" in logs:
             now = time.perf_counter()
             logs["target_tokens_per_second"] = round(float(self._target_tokens) / (now - self._logged_at), 1)
-            self._target_tokens, self._logged_at = 0, now
+            if self._padded_tokens:
+                logs["padding"] = round(1.0 - float(self._real_tokens) / self._padded_tokens, 4)
+            self._target_tokens, self._real_tokens, self._padded_tokens, self._logged_at = 0, 0, 0, now
         watched = self._loss_watch() if "loss" in logs else None
         super().log(logs, start_time)
         if watched is not None:
@@ -429,7 +443,8 @@ class SparseqTrainer(Seq2SeqTrainer):
         """Cross-entropy per label token and perplexity, or the library's evaluation where it generates or has metrics.
 
         Returns:
-            `{prefix}_loss`, `{prefix}_perplexity`, `{prefix}_runtime` in seconds, and what `SparseqCallback` adds.
+            `{prefix}_loss`, `{prefix}_perplexity`, `{prefix}_runtime` in seconds, and what `score_generations` and
+            `SparseqCallback` add.
         """
         # Training goes on with the random numbers that it would have had without the evaluation.
         with _unchanged_random_numbers(self.args.device):
@@ -449,8 +464,11 @@ class SparseqTrainer(Seq2SeqTrainer):
         metrics = {
             f"{metric_key_prefix}_loss": mean,
             f"{metric_key_prefix}_perplexity": math.exp(min(mean, 700.0)),
-            f"{metric_key_prefix}_runtime": round(time.perf_counter() - start, 2),
         }
+        if self.score_generations is not None and dataset is self.eval_dataset:
+            scores = self.score_generations(self.accelerator.unwrap_model(self.model))
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 2)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         # What evaluation took is not training time.
@@ -486,8 +504,11 @@ class SparseqTrainer(Seq2SeqTrainer):
 _SHOWN = (
     ("loss", "loss", ".3f"),
     ("eval_loss", "val", ".3f"),
+    ("eval_bleu", "BLEU", ".1f"),
+    ("eval_chrf", "chrF", ".1f"),
     ("router/max_vio", "MaxVio", ".2f"),
     ("target_tokens_per_second", "tgt tok/s", ",.0f"),
+    ("padding", "pad", ".0%"),
 )
 
 

@@ -15,11 +15,11 @@ from sparseq.cli import Command, main
 from sparseq.metrics import translation_scores
 from sparseq.training.averaging import average_checkpoints, complete_checkpoints
 from sparseq.training.callback import SparseqCallback
-from sparseq.training.recipes import Recipe, build_recipe
+from sparseq.training.recipes import build_recipe
 from sparseq.training.run import TrainResult, train
 from sparseq.training.text import locate_data
+from tests.training.toy import toy_recipe, write_corpus
 
-WORDS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs"}
 COMMANDS = {
     "train": Command("sparseq.training.train_command", ""),
     "score": Command("sparseq.metrics.score_command", ""),
@@ -28,53 +28,16 @@ COMMANDS = {
 pytestmark = pytest.mark.filterwarnings("ignore:The texts hold only enough")
 
 
-def _write_corpus(folder: Path) -> None:
-    folder.mkdir()
-    words = list(WORDS)
-    for split, size in (("train", 90), ("val", 12), ("test", 10)):
-        lines = [[words[(i * k + i // 7) % 6] for k in range(2, 4 + i % 5)] for i in range(size)]
-        (folder / f"{split}.en").write_text("".join(" ".join(line) + "\n" for line in lines))
-        (folder / f"{split}.de").write_text(
-            "".join(" ".join(WORDS[w] for w in reversed(line)) + "\n" for line in lines)
-        )
-
-
-def _recipe(corpus: Path, **training: Any) -> Recipe:
-    heads = dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads"], 2)
-    heads |= dict.fromkeys(["encoder_num_key_value_heads", "decoder_num_key_value_heads"], 1)
-    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
-    return build_recipe(
-        "toy",
-        {
-            "model": {**sizes, **heads, "num_experts": 4, "dropout": 0.1, "label_smoothing": 0.1},
-            "tokenizer": {"vocab_size": 310},
-            "data": {"folder": str(corpus), "source": "en", "target": "de", "test": "test", "max_length": 40},
-            "training": {
-                "max_steps": 10,
-                "tokens_per_batch": 128,
-                "warmup_steps": 2,
-                "learning_rate": 0.01,
-                "save_steps": 3,
-                "eval_steps": 5,
-                "logging_steps": 2,
-                "average_checkpoints": 3,
-                **training,
-            },
-            "decoding": {"num_beams": 2, "max_length": 20},
-        },
-    )
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy") / "corpus"
-    _write_corpus(folder)
+    write_corpus(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def finished(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    return train(_recipe(corpus), tmp_path_factory.mktemp("run") / "out", progress=False)
+    return train(toy_recipe(corpus), tmp_path_factory.mktemp("run") / "out", progress=False)
 
 
 def test_the_folder_loads_and_translates_as_the_run_did(finished: TrainResult) -> None:
@@ -106,14 +69,14 @@ def test_results_and_manifest_say_what_was_done(finished: TrainResult, corpus: P
     assert manifest["data"]["train"]["sha256"]["train.de"] == digest
     assert manifest["data"]["train"]["pairs"] == 90
     recipe = {**manifest["recipe"]}
-    assert build_recipe(recipe.pop("name"), recipe) == _recipe(corpus)
+    assert build_recipe(recipe.pop("name"), recipe) == toy_recipe(corpus)
     lines = (finished.output_dir / "test.de.translated").read_text().splitlines()
     assert lines == finished.translations
 
 
 def test_a_finished_run_is_not_trained_again(finished: TrainResult, corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(finished.output_dir, tmp_path / "out")
-    again = train(_recipe(corpus), tmp_path / "out", progress=False)
+    again = train(toy_recipe(corpus), tmp_path / "out", progress=False)
     assert (again.steps, again.translations, again.scores) == (10, finished.translations, finished.scores)
     assert sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())[0] == "checkpoint-10"
 
@@ -128,10 +91,10 @@ def test_a_killed_run_continues_to_the_same_weights(
     with monkeypatch.context() as patch:
         patch.setattr(SparseqCallback, "on_optimizer_step", stop)
         with pytest.raises(KeyboardInterrupt):
-            train(_recipe(corpus), tmp_path / "out", progress=False)
+            train(toy_recipe(corpus), tmp_path / "out", progress=False)
     # As if the kill had come while the second checkpoint was being written.
     (tmp_path / "out" / "checkpoints" / "checkpoint-6" / "trainer_state.json").unlink()
-    resumed = train(_recipe(corpus), tmp_path / "out", progress=False)
+    resumed = train(toy_recipe(corpus), tmp_path / "out", progress=False)
     expected = load_file(finished.output_dir / "model.safetensors")
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, expected[name]), name
@@ -141,11 +104,11 @@ def test_a_killed_run_continues_to_the_same_weights(
 def test_a_run_of_another_recipe_is_neither_continued_nor_overwritten(
     finished: TrainResult, corpus: Path, tmp_path: Path
 ) -> None:
-    other = _recipe(corpus, learning_rate=0.02)
+    other = toy_recipe(corpus, learning_rate=0.02)
     with pytest.raises(ValueError, match=r"training\.learning_rate was 0\.01, is 0\.02.*--no-resume"):
         train(other, finished.output_dir, progress=False)
     shutil.copytree(finished.output_dir, tmp_path / "out")
-    fresh = train(_recipe(corpus, learning_rate=0.02, max_steps=3), tmp_path / "out", resume=False, progress=False)
+    fresh = train(toy_recipe(corpus, learning_rate=0.02, max_steps=3), tmp_path / "out", resume=False, progress=False)
     assert fresh.steps == 3
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-3"]
 
@@ -153,7 +116,7 @@ def test_a_run_of_another_recipe_is_neither_continued_nor_overwritten(
 def test_checkpoints_of_another_program_are_left_alone(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "checkpoint-5").mkdir(parents=True)
     with pytest.raises(ValueError, match="of another program"):
-        train(_recipe(corpus), tmp_path, resume=False, progress=False)
+        train(toy_recipe(corpus), tmp_path, resume=False, progress=False)
     assert (tmp_path / "checkpoints" / "checkpoint-5").is_dir()
 
 
