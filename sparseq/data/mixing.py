@@ -11,10 +11,10 @@ from sparseq.data.collation import TokenizedPairs
 class MixedPairs(Dataset[dict[str, list[int]]]):
     """Datasets of several language pairs as one.
 
-    Pair `l` with `n_l` sentences is drawn in proportion to `n_l^(1/T)` (Arivazhagan et al. 2019, arXiv 1907.05019,
-    section 4.2). Nothing is left out: an epoch has every sentence of the pair that is repeated least once, and
-    sentences of the others so many times that the proportions hold. Where that is no whole number, some sentences,
-    chosen by `seed`, come once more than others.
+    Pair `l` with `n_l` sentences is drawn in proportion to `n_l^(1/T)` (Arivazhagan et al. 2019, arXiv 1907.05019).
+    Nothing is left out: an epoch has every sentence of the pair that is repeated least once, and sentences of the
+    others so many times that the proportions hold. Where that is no whole number, some sentences, chosen by `seed`,
+    come once more than others.
 
     Args:
         parts: The datasets.
