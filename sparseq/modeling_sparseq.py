@@ -1824,7 +1824,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         labels = labels.to(logits.device)
         total = F.cross_entropy(
             logits.to(at_least_float32(logits.dtype)).view(-1, logits.shape[-1]),
-            labels.view(-1),
+            labels.reshape(-1),
             reduction="sum",
             label_smoothing=self.config.label_smoothing if self.training else 0.0,
         )

@@ -35,6 +35,14 @@ def test_evaluation_loss_is_plain_cross_entropy_of_unshifted_labels() -> None:
     assert output.encoder_aux_loss > 0, "reported apart"
 
 
+def test_labels_may_be_every_second_row_of_a_batch() -> None:
+    model, ids, labels = tiny_model(), source_batch(), label_batch()
+    whole, strided = labels.repeat_interleave(2, dim=0), ids.repeat_interleave(2, dim=0)
+    assert not whole[::2].is_contiguous()
+    found = model(input_ids=strided[::2], labels=whole[::2]).loss
+    assert_close(found, model(input_ids=ids, labels=labels).loss, torch.float32)
+
+
 def test_training_loss_adds_smoothing_and_router_losses() -> None:
     model = tiny_model(label_smoothing=0.2, router_aux_loss_coef=0.3, router_z_loss_coef=0.05).train()
     output = model(input_ids=source_batch(), labels=label_batch())
