@@ -43,7 +43,8 @@ from sparseq.training.checkpoints import (
     write_json,
 )
 from sparseq.training.precision import uses_bf16
-from sparseq.training.recipes import DataRecipe, Recipe
+from sparseq.training.recipes import Recipe
+from sparseq.training.sections import DataRecipe
 from sparseq.training.start import (
     Checkpoint,
     add_adapter,

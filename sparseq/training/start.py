@@ -20,7 +20,8 @@ from transformers import (
 import sparseq  # noqa: F401  # registers the model type with the Auto classes
 from sparseq.tokenization_sparseq import SparseqTokenizer, language_tag
 from sparseq.training.lora import lora_config
-from sparseq.training.recipes import LoraRecipe, Recipe, StartRecipe
+from sparseq.training.recipes import Recipe
+from sparseq.training.sections import LoraRecipe, StartRecipe
 
 _TAG = re.compile(r"<2[\w-]+>")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")

@@ -15,7 +15,8 @@ from sparseq.data.store import Store
 from sparseq.metrics import translation_scores
 from sparseq.tokenization_sparseq import source_prefix
 from sparseq.training.evaluation import translate_batchwise
-from sparseq.training.recipes import DataRecipe, Recipe
+from sparseq.training.recipes import Recipe
+from sparseq.training.sections import DataRecipe
 
 _GENERATED_DATA = "data"
 

@@ -14,8 +14,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from sparseq.cli import main
 from sparseq.data.store import Store
 from sparseq.metrics import translation_scores
-from sparseq.training.recipes import DataRecipe, Recipe, build_recipe, load_recipe
+from sparseq.training.recipes import Recipe, build_recipe, load_recipe
 from sparseq.training.run import train
+from sparseq.training.sections import DataRecipe
 from sparseq.training.text import locate_data, read_splits, sentences
 
 WORDS = ["one", "two", "three", "four", "five", "six"]

@@ -21,7 +21,8 @@ from sparseq import SparseqForConditionalGeneration
 from sparseq.modeling_sparseq import SparseqExperts
 from sparseq.training.callback import SparseqCallback
 from sparseq.training.lora import Preset, lora_config, refuse_frozen_experts
-from sparseq.training.recipes import LoraRecipe, build_recipe
+from sparseq.training.recipes import build_recipe
+from sparseq.training.sections import LoraRecipe
 from sparseq.training.trainer import SparseqTrainer, SparseqTrainingArguments
 from tests.tiny import source_batch, tiny_model
 from tests.tolerances import assert_close

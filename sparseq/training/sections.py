@@ -1,0 +1,347 @@
+"""The sections of a recipe as checked dataclasses."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+
+from sparseq.data.cleaning import Policy
+from sparseq.data.sources import PairPlace, parse_pair
+
+
+def refuse_unknown(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """
+    Raises:
+        ValueError: if `values` has a key that is not known; the message names the nearest and lists all.
+    """
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where} has no key `{key}`{nearest(str(key), known)}. Keys: {', '.join(known)}.")
+
+
+def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """A question whether the known word nearest to `word` was meant; empty where none is near."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean `{matches[0]}`?)" if matches else ""
+
+
+def _positive(section: object, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) <= 0:
+            raise ValueError(f"`{name}` must be above 0, but is {getattr(section, name)}")
+
+
+def _not_negative(section: object, *names: str) -> None:
+    for name in names:
+        if getattr(section, name) < 0:
+            raise ValueError(f"`{name}` must not be negative, but is {getattr(section, name)}")
+
+
+@strict
+@dataclass(frozen=True)
+class StartRecipe:
+    """A checkpoint to go on from: fine-tuning. Architecture and tokenizer are the checkpoint's.
+
+    Attributes:
+        checkpoint: Folder or Hub id of a Sparseq model with its tokenizer.
+        revision: Branch, tag or commit of a Hub id.
+        add_language_tags: Give the checkpoint tags, and embeddings for them, of target languages that it does not
+            know. Otherwise such a language is refused.
+    """
+
+    checkpoint: str | None = None
+    revision: str | None = None
+    add_language_tags: bool = False
+
+
+@strict
+@dataclass(frozen=True)
+class LoraRecipe:
+    """Train an adapter (LoRA) of the checkpoint instead of all its weights.
+
+    Attributes:
+        preset: What is adapted: "attention", "experts" (routed and shared) or "all" (both, and dense feed-forward).
+        rank: Rank of each update.
+        alpha: The update is scaled by alpha / rank; None means 2 * rank.
+        dropout: Dropout of the adapter's input; stacked experts cannot have it.
+        train_routers: Train the routers whole, and save them in the adapter.
+        save_merged: Write the model with the adapter merged into its weights, to the folder "merged".
+    """
+
+    preset: Literal["attention", "experts", "all"] = "all"
+    rank: int = 8
+    alpha: float | int | None = None
+    dropout: float | int = 0.0
+    train_routers: bool = False
+    save_merged: bool = True
+
+    def validate_values(self) -> None:
+        """Refuse values out of range."""
+        _positive(self, "rank", *(["alpha"] if self.alpha is not None else []))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be at least 0 and below 1, but is {self.dropout}")
+        if self.dropout and self.preset == "experts":
+            raise ValueError(
+                f'`dropout` is {self.dropout}, but preset "experts" adapts stacked weights, which have no input of '
+                "their own to drop; leave it out"
+            )
+
+
+@strict
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """The joint tokenizer: trained on both sides of the training text, or loaded.
+
+    Attributes:
+        path: Folder or Hub id of a tokenizer to load; the other fields then have no effect.
+        vocab_size: Size of the joint vocabulary.
+        algorithm: "bpe-bytes" (no unknown tokens), "bpe" or "unigram".
+        lowercase: Lower-case every text.
+        min_frequency: How often a pair must occur to be merged.
+        character_coverage: Share of the running text whose characters get a token of their own.
+    """
+
+    path: str | None = None
+    vocab_size: int = 10_000
+    algorithm: Literal["bpe-bytes", "bpe", "unigram"] = "bpe-bytes"
+    lowercase: bool = False
+    min_frequency: int = 2
+    character_coverage: float | int = 1.0
+
+    def validate_values(self) -> None:
+        """Refuse values out of range."""
+        _positive(self, "vocab_size", "min_frequency")
+        if not 0 < self.character_coverage <= 1:
+            raise ValueError(f"`character_coverage` must be above 0 and at most 1, but is {self.character_coverage}")
+
+
+@strict
+@dataclass(frozen=True)
+class DataRecipe:
+    """Parallel text: a folder of aligned files, a dataset, or named files; of one language pair or of several.
+
+    Attributes:
+        folder: Folder with files `{split}.{language}`, plain or gzip-compressed, one sentence a line.
+        dataset: Instead of a folder: id of a dataset of the Hub, a folder that `save_to_disk` or `datasets` can read,
+            or a table (.json, .jsonl, .csv, .tsv, .parquet, .arrow, each also .gz).
+        dataset_config: Configuration of the dataset, where it has several.
+        source: Language to translate from: the suffix of the files, or the column.
+        target: Language to translate into; its tag is put before the sources. A table may go without.
+        source_column: Column with the sources; `translation.en` is a field. Default: the one named `source` says,
+            or `translation.{source}`, or "source".
+        target_column: Column with the targets; likewise.
+        pairs: Several language pairs in one run, such as [en-de, en-fr, de-en]. An entry may be a mapping with the
+            keys of this section that say where the text lies, where a pair's differ from the others'.
+        temperature: How often pairs of several are drawn: in proportion to their size to the power 1 / temperature. At
+            1 every sentence comes once an epoch; above, sentences of the smaller pairs come several times.
+        train: Name of the training split.
+        validation: Name of the validation split.
+        test: Name of the split that is translated and scored at the end; None scores the validation split.
+        train_files, validation_files, test_files: Files of a split, before folder and dataset: two aligned text files,
+            source first, or one table or more.
+        streaming: Read a dataset of the Hub over the network, without downloading all of it first.
+        max_pairs: The first so many training pairs of each language pair are used; 0 uses all.
+        tokenizer_sentences: The tokenizer is trained on at most so many sentences, evenly spaced; it holds them in
+            memory.
+        max_length: Longest side in tokens, end of sentence included.
+        max_length_ratio: A pair one side of which has more than this many times the tokens of the other is unbalanced.
+        if_empty, if_not_utf8, if_replacement_character, if_identical, if_duplicate, if_too_long, if_unbalanced: What
+            happens to training pairs with this defect: "skip", "keep", "refuse" (stop with a message), "truncate".
+            Validation and test keep every line.
+        generated_pairs: Above 0, and with no other text: train on that many pairs of the generated grammar corpus.
+    """
+
+    folder: str | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    source: str | None = None
+    target: str | None = None
+    source_column: str | None = None
+    target_column: str | None = None
+    pairs: list[str | dict[str, Any]] | None = None
+    temperature: float | int = 1.0
+    train: str = "train"
+    validation: str = "val"
+    test: str | None = None
+    train_files: str | list[str] | None = None
+    validation_files: str | list[str] | None = None
+    test_files: str | list[str] | None = None
+    streaming: bool = False
+    max_pairs: int = 0
+    tokenizer_sentences: int = 5_000_000
+    max_length: int = 256
+    max_length_ratio: float | int = 9.0
+    if_empty: Literal["skip", "keep", "refuse"] = "skip"
+    if_not_utf8: Literal["skip", "refuse"] = "refuse"
+    if_replacement_character: Literal["skip", "keep", "refuse"] = "keep"
+    if_identical: Literal["skip", "keep", "refuse"] = "keep"
+    if_duplicate: Literal["skip", "keep", "refuse"] = "keep"
+    if_too_long: Literal["skip", "truncate", "refuse"] = "skip"
+    if_unbalanced: Literal["skip", "keep", "refuse"] = "keep"
+    generated_pairs: int = 0
+
+    def validate_values(self) -> None:
+        """Refuse values out of range, and places that exclude each other."""
+        _positive(self, "max_length", "tokenizer_sentences")
+        _not_negative(self, "generated_pairs", "max_pairs")
+        for name in ("temperature", "max_length_ratio"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}")
+        if self.folder is not None and self.dataset is not None:
+            raise ValueError(f"give `folder` ({self.folder}) or `dataset` ({self.dataset}), not both")
+        if self.pairs is not None and (self.source is not None or self.target is not None):
+            raise ValueError("give `pairs`, or `source` and `target`, not both")
+        self.places()
+
+    def policy(self) -> Policy:
+        """What happens to defective training pairs."""
+        actions = {name.removeprefix("if_"): getattr(self, name) for name in vars(self) if name.startswith("if_")}
+        return Policy(**actions, max_length_ratio=float(self.max_length_ratio))
+
+    def places(self) -> list[PairPlace]:
+        """Where each language pair lies; one, without languages, where none are named.
+
+        Raises:
+            ValueError: An entry of `pairs` is no language pair, or occurs twice.
+        """
+        if self.pairs is None:
+            return [self._place({})]
+        if not self.pairs:
+            raise ValueError("`pairs` is empty; give language pairs such as [en-de, de-en], or leave it out")
+        places = [self._place(_pair_entry(entry)) for entry in self.pairs]
+        names = [place.name for place in places]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"`pairs` has {', '.join(repeated)} more than once")
+        return places
+
+    def _place(self, entry: Mapping[str, Any]) -> PairPlace:
+        values = {name: getattr(self, name) for name in _PLACE_KEYS} | dict(entry)
+        # What an entry says takes the place of what the section says.
+        if "folder" in entry or "dataset" in entry:
+            for name in ("folder", "dataset", "dataset_config"):
+                values[name] = entry.get(name)
+        files = []
+        for key, split in _FILE_KEYS.items():
+            named = values.pop(key)
+            if named:
+                files.append((getattr(self, split) or split, (named,) if isinstance(named, str) else tuple(named)))
+        return PairPlace(**values, files=tuple(files), streaming=self.streaming)
+
+
+_FILE_KEYS = {"train_files": "train", "validation_files": "validation", "test_files": "test"}
+_PLACE_KEYS = (
+    *("source", "target", "folder", "dataset", "dataset_config", "source_column", "target_column"),
+    *_FILE_KEYS,
+)
+
+
+def _pair_entry(entry: str | Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of `pairs` as the keys it sets."""
+    if isinstance(entry, str):
+        source, target = parse_pair(entry)
+        return {"source": source, "target": target}
+    refuse_unknown(entry, _PLACE_KEYS, f"an entry of `pairs`, {dict(entry)},")
+    if not (isinstance(entry.get("source"), str) and isinstance(entry.get("target"), str)):
+        raise ValueError(f"an entry of `pairs` needs `source` and `target`, but is {dict(entry)}")
+    for key, value in entry.items():
+        if not isinstance(value, str) and not (key in _FILE_KEYS and isinstance(value, list)):
+            raise ValueError(f"`{key}` of an entry of `pairs` must be a name, but is {value!r}")
+    return dict(entry)
+
+
+@strict
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """Optimisation.
+
+    Attributes:
+        max_steps: Optimizer updates.
+        tokens_per_batch: Tokens a batch holds on each device, padding included; `budget_counts` says which.
+        budget_counts: "target" or "source+target".
+        gradient_accumulation_steps: Batches per update and device.
+        learning_rate: Peak learning rate.
+        lr_scheduler: Name of a schedule of transformers. "inverse_sqrt" with the peak `(d_model * warmup)^-0.5` is
+            that of Vaswani et al. 2017, equation 3.
+        warmup_steps: Updates with linearly growing rate.
+        adam_beta1, adam_beta2, adam_epsilon: AdamW.
+        weight_decay: Decoupled weight decay of matrices; 0 makes AdamW Adam.
+        max_grad_norm: Largest gradient norm; 0 does not clip.
+        save_steps: Updates between checkpoints.
+        eval_steps: Updates between measurements of the validation loss; 0 measures it at the end only.
+        logging_steps: Updates between log lines.
+        average_checkpoints: The final weights are the mean of that many last checkpoints; 1 takes the last one.
+        final_weights: "average", as said, or "best": the checkpoint with the best `metric`.
+        metric: What validation is judged by: "loss", or "bleu" or "chrf" of greedy translations of the validation
+            split, which are then made at every evaluation.
+        early_stopping_patience: Evaluations without a better `metric` after which training ends; 0 goes on.
+        report_to: Where logs go besides results.json: "none", "tensorboard" (into the output folder) or "wandb".
+        bf16: Mixed precision in bfloat16; "auto" uses it where the hardware multiplies it faster than float32.
+    """
+
+    max_steps: int = 100_000
+    tokens_per_batch: int = 4096
+    budget_counts: Literal["target", "source+target"] = "target"
+    gradient_accumulation_steps: int = 1
+    learning_rate: float | int = 5e-4
+    lr_scheduler: Literal["inverse_sqrt", "linear", "cosine", "constant_with_warmup"] = "inverse_sqrt"
+    warmup_steps: int = 4000
+    adam_beta1: float | int = 0.9
+    adam_beta2: float | int = 0.98
+    adam_epsilon: float = 1e-9
+    weight_decay: float | int = 0.0
+    max_grad_norm: float | int = 1.0
+    save_steps: int = 1000
+    eval_steps: int = 1000
+    logging_steps: int = 50
+    average_checkpoints: int = 5
+    final_weights: Literal["average", "best"] = "average"
+    metric: Literal["loss", "bleu", "chrf"] = "loss"
+    early_stopping_patience: int = 0
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    bf16: bool | Literal["auto"] = "auto"
+
+    @property
+    def selects(self) -> bool:
+        """Whether evaluations decide which weights are kept, or when training ends."""
+        return self.final_weights == "best" or self.early_stopping_patience > 0
+
+    def validate_values(self) -> None:
+        """Refuse values out of range."""
+        _positive(self, "max_steps", "tokens_per_batch", "gradient_accumulation_steps", "learning_rate", "save_steps")
+        _positive(self, "logging_steps", "average_checkpoints", "adam_epsilon")
+        _not_negative(self, "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps", "early_stopping_patience")
+        if self.selects and (self.eval_steps == 0 or self.eval_steps % self.save_steps):
+            # What is evaluated must have been saved, or the best weights would be gone.
+            raise ValueError(
+                f"`final_weights` ({self.final_weights}) and `early_stopping_patience` "
+                f"({self.early_stopping_patience}) compare checkpoints, so `eval_steps` must be a multiple of "
+                f"`save_steps` ({self.save_steps}), but is {self.eval_steps}"
+            )
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 0 and below 1, but is {getattr(self, name)}")
+
+
+@strict
+@dataclass(frozen=True)
+class DecodingRecipe:
+    """How the test split is translated; saved as the model's generation_config.
+
+    Attributes:
+        num_beams: Beams; 1 is greedy.
+        length_penalty: Exponent of the length that a beam's log-probability is divided by.
+        max_length: Longest output in tokens.
+        batch_tokens: Source tokens translated at once, padding included, beams not counted.
+    """
+
+    num_beams: int = 4
+    length_penalty: float | int = 1.0
+    max_length: int = 256
+    batch_tokens: int = 2048
+
+    def validate_values(self) -> None:
+        """Refuse values out of range."""
+        _positive(self, "num_beams", "max_length", "batch_tokens")
