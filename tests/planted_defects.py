@@ -45,7 +45,9 @@ DEFECTS = [
         "key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values",
         "key, value = cache.layers[0].keys, cache.layers[0].values",
     ),
-    Defect("labels shifted twice", "            labels.reshape(-1),\n", "            labels.roll(-1, -1).reshape(-1),\n"),
+    Defect(
+        "labels shifted twice", "            labels.reshape(-1),\n", "            labels.roll(-1, -1).reshape(-1),\n"
+    ),
     Defect(
         "router jitter in evaluation too",
         "if self.training and self.jitter_noise > 0:",
