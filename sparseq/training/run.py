@@ -44,7 +44,7 @@ from sparseq.training.checkpoints import (
 )
 from sparseq.training.precision import uses_bf16
 from sparseq.training.recipes import Recipe
-from sparseq.training.sections import DataRecipe
+from sparseq.training.sections import DataRecipe, TrainingRecipe
 from sparseq.training.start import (
     Checkpoint,
     add_adapter,
@@ -323,7 +323,9 @@ def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
         flat |= {f"{section}.{key}": value for key, value in recipe.get(section, {}).items() if key not in free}
     flat |= {section: "used" if section in recipe else "not used" for section in ("start", "lora")}
     # What a recipe of an earlier version does not say had the value that is now the default.
-    flat = {f"data.{key}": value for key, value in asdict(DataRecipe()).items()} | flat
+    now = {"data": asdict(DataRecipe()), "training": asdict(TrainingRecipe())}
+    defaults = {f"{section}.{key}": now[section][key] for section in now for key in now[section] if key not in free}
+    flat = defaults | flat
     flat["data.pairs"] = [place.name for place in DataRecipe(pairs=recipe["data"].get("pairs")).places()]
     return {key: value for key, value in flat.items() if key not in {"data.test", *(f"data.{n}" for n in _PLACES)}}
 
