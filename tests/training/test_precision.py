@@ -25,8 +25,8 @@ def test_what_is_chosen_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     ("hardware", "width", "expected"),
     [
         ({}, 1024, False),
-        ({"cpu_bf16": True}, 256, True),
-        ({"cpu_bf16": True}, 128, False),
+        ({"cpu_bf16": True}, 512, True),
+        ({"cpu_bf16": True}, 256, False),
         ({"cuda": True, "cuda_bf16": True}, 64, True),
         # A card without it does not fall back on what its host can do.
         ({"cuda": True, "cpu_bf16": True}, 1024, False),
