@@ -54,6 +54,7 @@ from sparseq.training.start import (
     open_checkpoint,
 )
 from sparseq.training.text import (
+    GENERATED_DATA,
     describe_tokens,
     language_pairs,
     languages,
@@ -75,7 +76,6 @@ _START_FILE = "start.json"
 _VERSIONED = ("torch", "transformers", "accelerate", "tokenizers", "sacrebleu")
 _CHECKPOINTS = "checkpoints"
 _TOKENIZER = "tokenizer"
-_GENERATED_DATA = "data"
 _MERGED = "merged"
 _CACHE = "cache"
 # Where the text lies may change between a run and its continuation: its files are hashed.
@@ -259,7 +259,7 @@ def _prepare_output(recipe: Recipe, output_dir: Path, *, resume: bool) -> None:
 
 
 def _delete_run(output_dir: Path) -> None:
-    for name in (_CHECKPOINTS, _TOKENIZER, _GENERATED_DATA):
+    for name in (_CHECKPOINTS, _TOKENIZER, GENERATED_DATA):
         shutil.rmtree(output_dir / name, ignore_errors=True)
     # Results must not stand beside the checkpoints of another run.
     for name in (RESULTS_FILE, MANIFEST_FILE, _TEXT_FILE, _START_FILE):

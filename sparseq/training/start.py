@@ -1,6 +1,5 @@
 """Starting from a checkpoint instead of random weights: fine-tuning the whole model, or an adapter of it."""
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import (
 )
 
 import sparseq  # noqa: F401  # registers the model type with the Auto classes
+from sparseq.data.lines import file_hash
 from sparseq.tokenization_sparseq import SparseqTokenizer, language_tag
 from sparseq.training.lora import lora_config
 from sparseq.training.recipes import Recipe
@@ -48,7 +48,7 @@ class Checkpoint:
     def sha256(self) -> dict[str, str]:
         """Hash of each file that decides what is trained: configuration, weights and tokenizer."""
         names = [*sorted(p.name for p in self.folder.glob("*.safetensors")), "config.json", "tokenizer.json"]
-        return {name: _sha256(self.folder / name) for name in names if (self.folder / name).is_file()}
+        return {name: file_hash(self.folder / name) for name in names if (self.folder / name).is_file()}
 
 
 def open_checkpoint(recipe: Recipe, output_dir: Path | None = None) -> Checkpoint:
@@ -293,8 +293,3 @@ def _revision(start: StartRecipe, checkpoint: Checkpoint) -> str | None:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     return PretrainedConfig.get_config_dict(folder)[0]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

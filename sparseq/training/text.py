@@ -18,7 +18,7 @@ from sparseq.training.evaluation import translate_batchwise
 from sparseq.training.recipes import Recipe
 from sparseq.training.sections import DataRecipe
 
-_GENERATED_DATA = "data"
+GENERATED_DATA = "data"
 
 
 def locate_data(recipe: Recipe, output_dir: Path) -> DataRecipe:
@@ -31,10 +31,10 @@ def locate_data(recipe: Recipe, output_dir: Path) -> DataRecipe:
     if data.folder is None and data.generated_pairs:
         from sparseq.data.grammar import generate_corpus, write_corpus
 
-        folder = output_dir / _GENERATED_DATA
+        folder = output_dir / GENERATED_DATA
         # The complete corpus appears at once: a run killed while writing must not leave half of it behind.
         if not folder.is_dir():
-            partial = output_dir / f"{_GENERATED_DATA}.partial"
+            partial = output_dir / f"{GENERATED_DATA}.partial"
             write_corpus(generate_corpus(train_size=data.generated_pairs, seed=recipe.seed), partial)
             partial.rename(folder)
         return replace(data, folder=str(folder))

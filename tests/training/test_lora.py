@@ -1,10 +1,7 @@
 """LoRA presets: what they reach, that adapters travel, merge and take turns, and that forgotten experts are loud."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from sparseq.training.lora import Preset, lora_config, refuse_frozen_experts
 from sparseq.training.recipes import build_recipe
 from sparseq.training.sections import LoraRecipe
 from sparseq.training.trainer import SparseqTrainer, SparseqTrainingArguments
+from tests.absent import run_without_package
 from tests.tiny import source_batch, tiny_model
 from tests.tolerances import assert_close
 from tests.training.stock import Collator, examples, stock_trainer
@@ -172,16 +170,8 @@ def test_a_saved_adapter_loads(way: str, folders: Path) -> None:
     assert torch.equal(model.generate(input_ids=source_batch(), max_new_tokens=8), expected["generated"])
 
 
-_WITHOUT_PACKAGE = """
+_GENERATE = """
 import sys
-from importlib.abc import MetaPathFinder
-
-class Blocker(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "sparseq":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Blocker())
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
@@ -197,16 +187,8 @@ def test_the_merged_model_loads_with_and_without_the_package(folders: Path, tmp_
     model = AutoModelForSeq2SeqLM.from_pretrained(folders / "merged").eval()
     assert (logits(model) - expected["logits"]).abs().max() <= 1e-6
     assert torch.equal(model.generate(input_ids=source_batch(), max_new_tokens=8), expected["generated"])
-    process = subprocess.run(
-        [sys.executable, "-I", "-c", _WITHOUT_PACKAGE, str(folders / "merged"), str(folders / "expected")],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    assert json.loads(process.stdout.splitlines()[-1]) == expected["generated"].tolist()
+    printed = run_without_package(_GENERATE, folders / "merged", folders / "expected", home=tmp_path)
+    assert json.loads(printed) == expected["generated"].tolist()
 
 
 def test_two_adapters_take_turns() -> None:

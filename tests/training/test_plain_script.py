@@ -2,25 +2,15 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from sparseq.training.tokenizer import train_tokenizer
+from tests.absent import run_without_package
 from tests.tiny import tiny_model
 
-# Makes our package look absent, then runs the script as if by `python plain_script.py ...`.
-_WITHOUT_PACKAGE = """
-import runpy, sys
-from importlib.abc import MetaPathFinder
-
-class Absent(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "sparseq":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Absent())
+# As if by `python plain_script.py ...`.
+_RUN_SCRIPT = """
+import runpy
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -41,16 +31,8 @@ def test_a_script_that_has_never_heard_of_us(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "model")
 
     script = Path(__file__).with_name("plain_script.py")
-    process = subprocess.run(
-        [sys.executable, "-I", "-c", _WITHOUT_PACKAGE, script, tmp_path / "model", tmp_path / "data.json", tmp_path],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == 0, process.stderr
-    result = json.loads(process.stdout.splitlines()[-1])
+    arguments = (script, tmp_path / "model", tmp_path / "data.json", tmp_path)
+    result = json.loads(run_without_package(_RUN_SCRIPT, *arguments, home=tmp_path))
     # It learns its 27 sentences; a decoder that saw its labels, or a loss off by a position, would not say them.
     assert result["before"]["eval_bleu"] < 20
     assert result["after"]["eval_bleu"] > 90
