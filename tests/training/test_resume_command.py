@@ -10,25 +10,21 @@ import yaml
 
 from sparseq.training.checkpoints import complete_checkpoints
 from tests.training.resume_runs import Kill, run, sparseq_command
+from tests.training.toy import write_corpus
 
-WORDS = {"one": "eins", "two": "zwei", "three": "drei", "four": "vier", "five": "fünf", "six": "sechs"}
 RUN = "sparseq.training.run"
 STACKS = ("encoder", "decoder")
 
 
 def write_recipe(folder: Path) -> Path:
     """A recipe of 8 updates, with its corpus beside it."""
-    words = list(WORDS)
-    for split, size in (("train", 90), ("val", 12), ("test", 6)):
-        lines = [[words[(i * k + i // 7) % 6] for k in range(2, 4 + i % 5)] for i in range(size)]
-        for language, sides in (("en", lines), ("de", [[WORDS[word] for word in line] for line in lines])):
-            (folder / f"{split}.{language}").write_text("".join(" ".join(line) + "\n" for line in sides))
+    write_corpus(folder / "corpus")
     sizes = {f"{stack}_{kind}": 1 for stack in STACKS for kind in ("layers", "num_key_value_heads", "sparse_step")}
     sizes |= {f"{stack}_{kind}": n for stack in STACKS for kind, n in (("ffn_dim", 16), ("attention_heads", 2))}
     recipe = {
         "model": {**sizes, "d_model": 16, "num_experts": 4, "dropout": 0.1, "router_balancing": "loss_free"},
         "tokenizer": {"vocab_size": 300},
-        "data": {"folder": str(folder), "source": "en", "target": "de", "test": "test", "max_length": 40},
+        "data": {"folder": str(folder / "corpus"), "source": "en", "target": "de", "test": "test", "max_length": 40},
         "training": {
             "max_steps": 8,
             "tokens_per_batch": 128,

@@ -18,7 +18,7 @@ from sparseq.training.callback import SparseqCallback
 from sparseq.training.recipes import build_recipe
 from sparseq.training.run import TrainResult, train
 from sparseq.training.text import locate_data
-from tests.training.toy import toy_recipe, write_corpus
+from tests.training.toy import toy_recipe
 
 COMMANDS = {
     "train": Command("sparseq.training.train_command", ""),
@@ -26,13 +26,6 @@ COMMANDS = {
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:The texts hold only enough")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("toy") / "corpus"
-    write_corpus(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -11,16 +11,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from sparseq.metrics import translation_scores
 from sparseq.training.evaluation import translate_batchwise
 from sparseq.training.run import train
-from tests.training.toy import toy_recipe, write_corpus
+from tests.training.toy import toy_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:The texts hold only enough")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("toy") / "corpus"
-    write_corpus(folder)
-    return folder
 
 
 def _log(folder: Path, key: str) -> dict[int, float]:
