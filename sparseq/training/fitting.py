@@ -1,0 +1,183 @@
+"""What every kind of run from a recipe does: tokenizer, model, training with resumption, mean of the checkpoints."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerState,
+)
+
+from sparseq.training.averaging import average_checkpoints
+from sparseq.training.checkpoints import checkpoint_step, complete_checkpoints, last_complete_checkpoint
+from sparseq.training.output_folder import CHECKPOINTS, TOKENIZER
+from sparseq.training.precision import uses_bf16
+from sparseq.training.recipes import Recipe
+from sparseq.training.start import Checkpoint, add_adapter, check_special_tokens, load_adapter_weights, load_model
+from sparseq.training.trainer import SparseqTrainer, SparseqTrainingArguments
+
+
+class Stopwatch:
+    """Wall-clock seconds of named parts."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+
+    def finish(self) -> dict[str, float]:
+        return {**self.seconds, "total": round(time.perf_counter() - self.start, 2)}
+
+
+def load_or_train_tokenizer(
+    recipe: Recipe,
+    output_dir: Path,
+    sentences: Callable[[], Iterable[str]],
+    *,
+    languages: Sequence[str],
+    max_length: int,
+    progress: bool,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer that the recipe names, or one trained on `sentences()`, once: it is kept in `output_dir`.
+
+    Args:
+        recipe: Its section tokenizer is used.
+        output_dir: The run's folder.
+        sentences: Gives the text, where it is needed.
+        languages: Languages that get a tag.
+        max_length: Longest text in tokens, which the tokenizer notes.
+        progress: Show progress.
+    """
+    section = recipe.tokenizer
+    if section.path is not None:
+        return AutoTokenizer.from_pretrained(section.path)
+    folder = output_dir / TOKENIZER
+    if not folder.is_dir():
+        from sparseq.training.tokenizer import train_tokenizer
+
+        tokenizer = train_tokenizer(
+            sentences(),
+            vocab_size=section.vocab_size,
+            algorithm=section.algorithm,
+            language_tags=languages,
+            lowercase=section.lowercase,
+            min_frequency=section.min_frequency,
+            character_coverage=section.character_coverage,
+            model_max_length=max_length,
+            show_progress=progress,
+        )
+        partial = output_dir / f"{TOKENIZER}.partial"
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint | None) -> Any:
+    """The model to train: new, from a checkpoint, or an adapter around one."""
+    if checkpoint is None:
+        config = recipe.model_config(len(tokenizer))
+        way_out = "Train one with `sparseq train-tokenizer`, or leave the path out"
+        check_special_tokens(tokenizer, config, "`tokenizer.path` names a tokenizer", way_out)
+        model = AutoModelForSeq2SeqLM.from_config(config)
+    else:
+        model = load_model(checkpoint)
+    model.generation_config = _generation_config(recipe, model)
+    return model if checkpoint is None or recipe.lora is None else add_adapter(model, checkpoint, recipe)
+
+
+def _generation_config(recipe: Recipe, model: PreTrainedModel) -> GenerationConfig:
+    decoding = recipe.decoding
+    beams = {"num_beams": decoding.num_beams, "length_penalty": float(decoding.length_penalty), "early_stopping": True}
+    return GenerationConfig(
+        max_length=decoding.max_length,
+        pad_token_id=model.config.pad_token_id,
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=model.config.eos_token_id,
+        decoder_start_token_id=model.config.decoder_start_token_id,
+        **(beams if decoding.num_beams > 1 else {}),
+    )
+
+
+def training_arguments(recipe: Recipe, output_dir: Path, d_model: int, progress: bool) -> SparseqTrainingArguments:
+    section = recipe.training
+    return SparseqTrainingArguments(
+        output_dir=str(output_dir / CHECKPOINTS),
+        tokens_per_batch=section.tokens_per_batch,
+        budget_counts=section.budget_counts,
+        gradient_accumulation_steps=section.gradient_accumulation_steps,
+        max_steps=section.max_steps,
+        learning_rate=float(section.learning_rate),
+        lr_scheduler_type=section.lr_scheduler,
+        warmup_steps=section.warmup_steps,
+        adam_beta1=float(section.adam_beta1),
+        adam_beta2=float(section.adam_beta2),
+        adam_epsilon=section.adam_epsilon,
+        weight_decay=float(section.weight_decay),
+        max_grad_norm=float(section.max_grad_norm),
+        bf16=uses_bf16(section.bf16, d_model),
+        eval_strategy="steps" if section.eval_steps else "no",
+        eval_steps=section.eval_steps or None,
+        save_strategy="steps",
+        save_steps=section.save_steps,
+        save_total_limit=max(2, section.average_checkpoints),
+        logging_steps=section.logging_steps,
+        disable_tqdm=not progress,
+        report_to=section.report_to,
+        # The best checkpoint is spared when old ones are deleted.
+        metric_for_best_model=f"eval_{section.metric}" if section.selects else None,
+        greater_is_better=section.metric != "loss" if section.selects else None,
+        seed=recipe.seed,
+        use_cpu=not torch.accelerator.is_available(),
+        # Not the library's: its label names come from a signature that also has `decoder_...` arguments.
+        label_names=["labels"],
+        remove_unused_columns=False,
+        # Experts are stacked in one parameter, so a step reaches every parameter even if it skips an expert.
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def train_or_resume(trainer: SparseqTrainer, recipe: Recipe, checkpoints: Path) -> int:
+    """Train to the last step, from the last complete checkpoint if there is one; returns the steps made."""
+    trainer.resume_hint = "Give the same command again to go on."
+    last = last_complete_checkpoint(checkpoints, warn=trainer.is_world_process_zero())
+    if last is not None and checkpoint_step(last) >= recipe.training.max_steps:
+        # A finished run must not be resumed: Trainer would make one more step before it notices.
+        trainer.state.log_history = TrainerState.load_from_json(str(last / "trainer_state.json")).log_history
+        return checkpoint_step(last)
+    return trainer.train(resume_from_checkpoint=None if last is None else str(last)).global_step
+
+
+def load_average(trainer: SparseqTrainer, recipe: Recipe, checkpoints: Path) -> float:
+    """Put the mean of the last checkpoints, or the best one, into the model; returns its validation loss."""
+    # One from an interruption is no part of the run: the mean must be that of a run never interrupted.
+    complete = complete_checkpoints(checkpoints, scheduled=True)
+    chosen = complete[-recipe.training.average_checkpoints :]
+    if recipe.training.final_weights == "best":
+        best = TrainerState.load_from_json(str(complete[-1] / "trainer_state.json")).best_global_step
+        chosen = [path for path in complete if checkpoint_step(path) == best]
+    weights = average_checkpoints(chosen)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if recipe.lora is not None:
+        load_adapter_weights(model, weights)
+        return trainer.evaluate()["eval_loss"]
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    # Tied weights are stored once; anything else that is absent would silently keep its last value.
+    tied = set(model.all_tied_weights_keys)
+    lacking = [name for name in missing if name not in tied]
+    if lacking or unexpected:
+        raise ValueError(f"The checkpoints in {checkpoints} do not fit the model: {(lacking + unexpected)[:5]}.")
+    return trainer.evaluate()["eval_loss"]

@@ -1,0 +1,133 @@
+"""The output folder of a run: whose it is, and whether the run in it can go on."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sparseq.training.checkpoints import complete_checkpoints, remove_leftovers, write_json
+from sparseq.training.recipes import Recipe
+from sparseq.training.sections import DataRecipe, TrainingRecipe
+from sparseq.training.start import Checkpoint
+from sparseq.training.text import GENERATED_DATA
+
+RESULTS_FILE = "results.json"
+MANIFEST_FILE = "manifest.json"
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
+CACHE = "cache"
+_RECIPE_FILE = "recipe.json"
+_TEXT_FILE = "text.json"
+_START_FILE = "start.json"
+# Where the text lies may change between a run and its continuation: its files are hashed.
+_PLACES = ("folder", "dataset", "train_files", "validation_files", "test_files", "streaming")
+
+
+def prepare_output(recipe: Recipe, output_dir: Path, *, resume: bool) -> None:
+    """Check or clear what an earlier run left, and note the recipe."""
+    note = output_dir / _RECIPE_FILE
+    wanted = recipe.to_dict()
+    if resume and note.is_file():
+        found = json.loads(note.read_text(encoding="utf-8"))
+        different = _differences(_decisive(found), _decisive(wanted))
+        if different and complete_checkpoints(output_dir / CHECKPOINTS):
+            raise ValueError(
+                f"{output_dir} holds a run of another recipe: {', '.join(different)}. Give another output folder, or "
+                "start over with --no-resume, which deletes that run's checkpoints."
+            )
+        if different:
+            # Killed before its first checkpoint; its tokenizer and corpus are not this recipe's.
+            _delete_run(output_dir)
+    elif note.is_file():
+        _delete_run(output_dir)
+    elif output_dir.is_dir() and any((output_dir / name).exists() for name in (CHECKPOINTS, TOKENIZER)):
+        raise ValueError(
+            f"{output_dir} holds checkpoints or a tokenizer of another program. Give another output folder."
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output_dir)
+    write_json(note, wanted)
+
+
+def _delete_run(output_dir: Path) -> None:
+    for name in (CHECKPOINTS, TOKENIZER, GENERATED_DATA):
+        shutil.rmtree(output_dir / name, ignore_errors=True)
+    # Results must not stand beside the checkpoints of another run.
+    for name in (RESULTS_FILE, MANIFEST_FILE, _TEXT_FILE, _START_FILE):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def check_same_text(output_dir: Path, files: Mapping[str, Mapping[str, str]]) -> None:
+    """Refuse to continue on other text than the tokenizer and the checkpoints were made from; else note its hashes.
+
+    Args:
+        output_dir: The run's folder.
+        files: Name of each split that training reads, to the hashes of its files.
+    """
+    note = output_dir / _TEXT_FILE
+    wanted = {split: dict(hashes) for split, hashes in files.items()}
+    has_work = (output_dir / TOKENIZER).is_dir() or bool(complete_checkpoints(output_dir / CHECKPOINTS))
+    if has_work and note.is_file():
+        found = json.loads(note.read_text(encoding="utf-8"))
+        # By hash alone: the same text may lie elsewhere now.
+        changed = [
+            split for split in wanted if sorted(found.get(split, {}).values()) != sorted(wanted[split].values())
+        ]
+        if changed:
+            raise ValueError(
+                f"{output_dir} holds a run on other text: the files of {', '.join(changed)} have changed or are "
+                "others. Give another output folder, or start over with --no-resume."
+            )
+    write_json(note, wanted)
+
+
+def check_same_checkpoint(output_dir: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """Refuse to go on from another checkpoint than the run began with; returns the hashes of its files."""
+    note = output_dir / _START_FILE
+    wanted = checkpoint.sha256()
+    if complete_checkpoints(output_dir / CHECKPOINTS) and note.is_file():
+        found = json.loads(note.read_text(encoding="utf-8"))
+        if found != wanted:
+            changed = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+            raise ValueError(
+                f"{output_dir} holds a run that began with another checkpoint: {', '.join(changed)} of "
+                f"{checkpoint.name} have changed or are others. Give another output folder, or start over with "
+                "--no-resume."
+            )
+    write_json(note, wanted)
+    return wanted
+
+
+def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What must not change between a run and its continuation, flat."""
+    free = {
+        "logging_steps",
+        "save_steps",
+        "eval_steps",
+        "max_steps",
+        "average_checkpoints",
+        "save_merged",
+        "final_weights",
+        "report_to",
+    }
+    # The checkpoint may have moved: its files are hashed.
+    free |= {"checkpoint", "revision"}
+    if recipe["training"]["lr_scheduler"] in ("linear", "cosine"):
+        free.remove("max_steps")
+    flat = {"seed": recipe["seed"]}
+    for section in ("model", "tokenizer", "data", "training", "start", "lora"):
+        flat |= {f"{section}.{key}": value for key, value in recipe.get(section, {}).items() if key not in free}
+    flat |= {section: "used" if section in recipe else "not used" for section in ("start", "lora")}
+    # What a recipe of an earlier version does not say had the value that is now the default.
+    now = {"data": asdict(DataRecipe()), "training": asdict(TrainingRecipe())}
+    defaults = {f"{section}.{key}": now[section][key] for section in now for key in now[section] if key not in free}
+    flat = defaults | flat
+    flat["data.pairs"] = [place.name for place in DataRecipe(pairs=recipe["data"].get("pairs")).places()]
+    return {key: value for key, value in flat.items() if key not in {"data.test", *(f"data.{n}" for n in _PLACES)}}
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    keys = sorted(found.keys() | wanted.keys())
+    return [f"{key} was {found.get(key)}, is {wanted.get(key)}" for key in keys if found.get(key) != wanted.get(key)]
