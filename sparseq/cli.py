@@ -30,6 +30,7 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "demo": Command("sparseq.demo", "train, score, translate, save and reload a small sparse model"),
     "train": Command("sparseq.training.train_command", "train a model from a recipe"),
+    "pretrain": Command("sparseq.training.pretrain_command", "pre-train a model on plain text, to fine-tune it later"),
     "score": Command("sparseq.metrics.score_command", "score a trained model on a test set, alone or against another"),
     "average": Command("sparseq.training.average_command", "average the weights of several checkpoints"),
     "train-tokenizer": Command("sparseq.training.tokenizer_command", "train a tokenizer on text files or a dataset"),
@@ -57,6 +58,8 @@ examples:
   sparseq train --list               the recipes that come with sparseq
   sparseq train tiny-sparse data.folder=corpus data.source=en data.target=de --output outputs/tiny
                                      train on corpus/{train,val}.{en,de}
+  sparseq pretrain pretrain-tiny text.folder=corpus text.languages=[en,de] --output outputs/pretrained
+                                     learn from corpus/train.{en,de}, which need not be translations
   sparseq score outputs/tiny --data corpus --source en --target de
                                      BLEU and chrF of its translations of corpus/test.en
   sparseq average outputs/tiny --last 5 --output outputs/average

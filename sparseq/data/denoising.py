@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 MASK_TOKEN = "<mask>"
+SHORTEST_PIECE = 8
 # As T5 calls them, so that habits carry over.
 _SENTINEL = "<extra_id_{}>"
 
@@ -144,6 +145,13 @@ class TextInfilling:
         return generator.permutation(np.array(lengths))
 
 
+class Tokens(Protocol):
+    """Token ids `(n,)` of which pieces are asked for."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, piece: slice, /) -> Any: ...
+
+
 class DenoisingPairs(Dataset[dict[str, list[int]]]):
     """
     Plain text as source and target of a denoising objective, packed into pieces of equal length.
@@ -152,7 +160,7 @@ class DenoisingPairs(Dataset[dict[str, list[int]]]):
     any number of processes, and can be resumed anywhere; every epoch has noise of its own.
 
     Args:
-        ids: All tokens of the text, in order, `(n,)`; it may be a memory map.
+        ids: All tokens of the text, in order, `(n,)`; an array, a memory map, or anything whose slices are arrays.
         noise: What makes source and target out of a piece.
         length: Tokens of a piece. The last one is shorter, and left out where it has fewer than 8 tokens.
         end: Id of the end-of-sentence token, which is put behind source and target.
@@ -168,17 +176,17 @@ class DenoisingPairs(Dataset[dict[str, list[int]]]):
     """
 
     def __init__(
-        self, ids: np.ndarray, noise: Noise, *, length: int, end: int, prefix: Sequence[int] = (), seed: int = 0
+        self, ids: Tokens, noise: Noise, *, length: int, end: int, prefix: Sequence[int] = (), seed: int = 0
     ) -> None:
-        if length < _SHORTEST:
-            raise ValueError(f"`length` must be at least {_SHORTEST} tokens, but is {length}.")
-        if len(ids) < _SHORTEST:
-            raise ValueError(f"The text has {len(ids)} tokens; a piece has at least {_SHORTEST}.")
+        if length < SHORTEST_PIECE:
+            raise ValueError(f"`length` must be at least {SHORTEST_PIECE} tokens, but is {length}.")
+        if len(ids) < SHORTEST_PIECE:
+            raise ValueError(f"The text has {len(ids)} tokens; a piece has at least {SHORTEST_PIECE}.")
         self.ids, self.noise, self.length = ids, noise, length
         self.end, self.prefix, self.seed = end, list(prefix), seed
         self.epoch = 0
         whole, rest = divmod(len(ids), length)
-        sizes = [length] * whole + [rest] * (rest >= _SHORTEST)
+        sizes = [length] * whole + [rest] * (rest >= SHORTEST_PIECE)
         longest = {size: noise.longest(size) for size in set(sizes)}
         self.source_lengths = [len(self.prefix) + longest[size][0] + 1 for size in sizes]
         self.target_lengths = [longest[size][1] + 1 for size in sizes]
@@ -198,8 +206,9 @@ class DenoisingPairs(Dataset[dict[str, list[int]]]):
         source, target = self.noise(piece, np.random.default_rng([self.seed, self.epoch, index]))
         return {"input_ids": [*self.prefix, *source.tolist(), self.end], "labels": [*target.tolist(), self.end]}
 
-
-_SHORTEST = 8
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, list[int]]]:
+        """Several pieces at once, which is how a `DataLoader` asks for a batch."""
+        return [self[index] for index in indices]
 
 
 def add_denoising_tokens(tokenizer: PreTrainedTokenizerBase, sentinels: int = 0) -> int:

@@ -1,9 +1,10 @@
 """Lines of text files, one after another: alignment survives odd characters, and memory stays flat."""
 
+import difflib
 import gzip
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, cast
 
@@ -61,6 +62,22 @@ def file_hash(path: Path) -> str:
     """SHA-256 of the bytes on disk."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_names(folder: Path) -> list[str]:
+    """The files of a folder, sorted; none where there is no folder."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+
+
+def near_name(name: str, names: Sequence[str]) -> str:
+    """A question, after a blank, whether the nearest of `names` was meant; empty where none is near."""
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f" Did you mean {matches[0]}?" if matches else ""
+
+
+def near_file(path: Path) -> str:
+    """`near_name` for a file that is missing, and those beside it."""
+    return near_name(path.name, file_names(path.parent))
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -1,15 +1,27 @@
 """Several language pairs in one training set, the smaller ones repeated as a temperature asks."""
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
 
-from sparseq.data.collation import TokenizedPairs
+
+class Pairs(Protocol):
+    """A dataset of sources and targets as ids; `source_lengths[i]` and `target_lengths[i]` are tokens of pair i."""
+
+    @property
+    def source_lengths(self) -> Sequence[int] | np.ndarray: ...
+    @property
+    def target_lengths(self) -> Sequence[int] | np.ndarray: ...
+    def __len__(self) -> int: ...
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, list[int]]]:
+        """`input_ids` and `labels` of several pairs."""
+        ...
 
 
 class MixedPairs(Dataset[dict[str, list[int]]]):
-    """Datasets of several language pairs as one.
+    """Datasets of several language pairs, or of plain text of several languages, as one.
 
     Pair `l` with `n_l` sentences is drawn in proportion to `n_l^(1/T)` (Arivazhagan et al. 2019, arXiv 1907.05019).
     Nothing is left out: an epoch has every sentence of the pair that is repeated least once, and sentences of the
@@ -25,8 +37,8 @@ class MixedPairs(Dataset[dict[str, list[int]]]):
         source_lengths, target_lengths: Lengths in tokens, as of `TokenizedPairs`.
     """
 
-    def __init__(self, parts: Sequence[TokenizedPairs], *, temperature: float = 1.0, seed: int = 0) -> None:
-        self.parts = list(parts)
+    def __init__(self, parts: Sequence[Pairs], *, temperature: float = 1.0, seed: int = 0) -> None:
+        self.parts: list[Any] = list(parts)
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
         generator = np.random.default_rng([seed])
         repeated = []
@@ -43,6 +55,12 @@ class MixedPairs(Dataset[dict[str, list[int]]]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell those parts that are made anew in every epoch which one it is."""
+        for part in self.parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return self.__getitems__([index])[0]

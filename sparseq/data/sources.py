@@ -1,13 +1,12 @@
 """Where parallel text comes from: a folder of aligned files, named files, or a table with two columns of text."""
 
-import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparseq.data.lines import file_hash, read_lines, read_raw_lines
+from sparseq.data.lines import file_hash, file_names, near_file, near_name, read_lines, read_raw_lines
 from sparseq.data.tables import Table, column_names, is_table, open_files, open_table
 
 _BATCH_LINES = 1000
@@ -56,7 +55,7 @@ class FilePair:
     def __init__(self, source: Path, target: Path, *, refuse_bytes: bool = True) -> None:
         for path in (source, target):
             if not path.is_file():
-                raise FileNotFoundError(f"There is no file {path}.{_near(path.name, _names(path.parent))}")
+                raise FileNotFoundError(f"There is no file {path}.{near_file(path)}")
         self.paths = (source, target)
         self.name = f"{source} and {target}"
         self.refuse_bytes = refuse_bytes
@@ -229,11 +228,11 @@ def find_in_folder(folder: Path, split: str, language: str, pair: Sequence[str] 
         for name in (f"{stem}.{language}", f"{stem}.{language}.gz"):
             if (folder / name).is_file():
                 return folder / name
-    names = _names(folder)
+    names = file_names(folder)
     listing = ", ".join(names[:30]) + (f", ... ({len(names)} files)" if len(names) > 30 else "")
     raise FileNotFoundError(
         f"{folder} has no {split}.{language} or {split}.{language}.gz. It has: {listing or 'nothing'}."
-        f"{_near(f'{split}.{language}', names)}"
+        f"{near_name(f'{split}.{language}', names)}"
     )
 
 
@@ -269,12 +268,3 @@ def parse_pair(pair: str) -> tuple[str, str]:
             f"A language pair must look like en-de, or like en>pt-BR where a code has a hyphen, but is {pair!r}."
         )
     return parts[0], parts[1]
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-
-
-def _near(name: str, names: Sequence[str]) -> str:
-    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f" Did you mean {matches[0]}?" if matches else ""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparseq.data.lines import file_hash
+from sparseq.data.lines import file_hash, near_file
 
 # A recipe is checked where the extra that brings pyarrow is not installed.
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def open_files(paths: Sequence[Path], *, text_columns: Sequence[str] = (), part:
     name = ", ".join(map(str, paths))
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"There is no file {path}{_nearest_file(path)}.")
+            raise FileNotFoundError(f"There is no file {path}.{near_file(path)}")
         if not is_table(path):
             raise ValueError(f"{path}: a data file must end in {', '.join(_BUILDERS)}, or one of them and .gz.")
     kinds = {_ending(path) for path in paths}
@@ -297,13 +297,6 @@ def _folder_hashes(folder: Path) -> dict[str, str]:
     # `datasets` leaves its own cache files beside the data that `save_to_disk` wrote.
     files = [path for path in folder.rglob("*") if path.is_file() and not path.name.startswith((".", "cache-"))]
     return {path.relative_to(folder).as_posix(): file_hash(path) for path in sorted(files)}
-
-
-def _nearest_file(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=1, cutoff=0.5)
-    return f" (did you mean {path.parent / near[0]}?)" if near else ""
 
 
 def _ending(path: Path) -> str:

@@ -1,5 +1,6 @@
 """What every kind of run from a recipe does: tokenizer, model, training with resumption, mean of the checkpoints."""
 
+import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,16 @@ class Stopwatch:
 
     def finish(self) -> dict[str, float]:
         return {**self.seconds, "total": round(time.perf_counter() - self.start, 2)}
+
+
+def check_reporter(name: str) -> None:
+    """Notice a reporter that is not installed before anything is read.
+
+    Raises:
+        ModuleNotFoundError: It is not.
+    """
+    if name != "none":
+        importlib.import_module(name)
 
 
 def load_or_train_tokenizer(
@@ -111,7 +122,16 @@ def _generation_config(recipe: Recipe, model: PreTrainedModel) -> GenerationConf
     )
 
 
+def describe_model(model: Any) -> str:
+    """Its sizes, in one line."""
+    return (
+        f"model: {model.num_parameters():,} parameters, {model.config.num_parameters(active=True):,} active per token,"
+        f" {model.num_parameters(only_trainable=True):,} trained"
+    )
+
+
 def training_arguments(recipe: Recipe, output_dir: Path, d_model: int, progress: bool) -> SparseqTrainingArguments:
+    """The recipe's section training, for a model of width `d_model`; checkpoints go below `output_dir`."""
     section = recipe.training
     return SparseqTrainingArguments(
         output_dir=str(output_dir / CHECKPOINTS),
@@ -181,3 +201,26 @@ def load_average(trainer: SparseqTrainer, recipe: Recipe, checkpoints: Path) -> 
     if lacking or unexpected:
         raise ValueError(f"The checkpoints in {checkpoints} do not fit the model: {(lacking + unexpected)[:5]}.")
     return trainer.evaluate()["eval_loss"]
+
+
+def losses_by_part(trainer: SparseqTrainer, names: Sequence[str]) -> dict[str, float]:
+    """Validation loss of each part of validation data of several languages or language pairs, by its name."""
+    parts = getattr(trainer.eval_dataset, "parts", [])
+    return {
+        name: trainer.evaluate(part, metric_key_prefix=f"eval_{name}")[f"eval_{name}_loss"]
+        for name, part in zip(names, parts, strict=True)
+    }
+
+
+def describe_training(trainer: SparseqTrainer, steps: int, seconds: dict[str, float]) -> dict[str, Any]:
+    """What `results.json` says of every kind of run: updates, sizes, precision, seconds, the log."""
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    return {
+        "steps": steps,
+        "parameters": model.num_parameters(),
+        "active_parameters": model.config.num_parameters(active=True),
+        "trained_parameters": model.num_parameters(only_trainable=True),
+        "bf16": trainer.args.bf16,
+        "seconds": seconds,
+        "log": trainer.state.log_history,
+    }

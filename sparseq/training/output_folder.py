@@ -2,14 +2,20 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sparseq.training.checkpoints import complete_checkpoints, remove_leftovers, write_json
+from sparseq.training.checkpoints import (
+    INCOMPLETE,
+    complete_checkpoints,
+    publish_files,
+    remove_leftovers,
+    write_json,
+)
 from sparseq.training.recipes import Recipe
-from sparseq.training.sections import DataRecipe, TrainingRecipe
+from sparseq.training.sections import DataRecipe, TextRecipe, TrainingRecipe
 from sparseq.training.start import Checkpoint
 from sparseq.training.text import GENERATED_DATA
 
@@ -18,11 +24,12 @@ MANIFEST_FILE = "manifest.json"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 CACHE = "cache"
+MERGED = "merged"
 _RECIPE_FILE = "recipe.json"
 _TEXT_FILE = "text.json"
 _START_FILE = "start.json"
 # Where the text lies may change between a run and its continuation: its files are hashed.
-_PLACES = ("folder", "dataset", "train_files", "validation_files", "test_files", "streaming")
+_PLACES = ("folder", "dataset", "files", "train_files", "validation_files", "test_files", "streaming")
 
 
 def prepare_output(recipe: Recipe, output_dir: Path, *, resume: bool) -> None:
@@ -100,6 +107,29 @@ def check_same_checkpoint(output_dir: Path, checkpoint: Checkpoint) -> dict[str,
     return wanted
 
 
+def publish_run(
+    output_dir: Path, write: Callable[[Path], None], *, results: Mapping[str, Any], manifest: Mapping[str, Any]
+) -> None:
+    """Fill the folder of a finished run.
+
+    Args:
+        output_dir: The run's folder.
+        write: Writes model, tokenizer and whatever else belongs to the run into the folder that it is given.
+        results, manifest: For `results.json` and `manifest.json`.
+    """
+    # Written aside and moved at the end, the results last: a folder that has them has everything.
+    folder = output_dir / INCOMPLETE
+    write(folder)
+    write_json(folder / RESULTS_FILE, results)
+    write_json(folder / MANIFEST_FILE, manifest)
+    publish_files(
+        folder,
+        output_dir,
+        last=(f"{MERGED}/config.json", "config.json", "adapter_config.json", MANIFEST_FILE, RESULTS_FILE),
+        replaced="*.safetensors*",
+    )
+
+
 def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
     """What must not change between a run and its continuation, flat."""
     free = {
@@ -117,15 +147,18 @@ def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
     if recipe["training"]["lr_scheduler"] in ("linear", "cosine"):
         free.remove("max_steps")
     flat = {"seed": recipe["seed"]}
-    for section in ("model", "tokenizer", "data", "training", "start", "lora"):
+    for section in ("model", "tokenizer", "data", "training", "start", "lora", "text", "denoising"):
         flat |= {f"{section}.{key}": value for key, value in recipe.get(section, {}).items() if key not in free}
-    flat |= {section: "used" if section in recipe else "not used" for section in ("start", "lora")}
+    flat |= {section: "used" if section in recipe else "not used" for section in ("start", "lora", "text")}
     # What a recipe of an earlier version does not say had the value that is now the default.
     now = {"data": asdict(DataRecipe()), "training": asdict(TrainingRecipe())}
     defaults = {f"{section}.{key}": now[section][key] for section in now for key in now[section] if key not in free}
     flat = defaults | flat
     flat["data.pairs"] = [place.name for place in DataRecipe(pairs=recipe["data"].get("pairs")).places()]
-    return {key: value for key, value in flat.items() if key not in {"data.test", *(f"data.{n}" for n in _PLACES)}}
+    if "text" in recipe:
+        flat["text.languages"] = [place.language for place in TextRecipe(**recipe["text"]).places()]
+    places = {f"{section}.{name}" for section in ("data", "text") for name in _PLACES}
+    return {key: value for key, value in flat.items() if key not in {"data.test", *places}}
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

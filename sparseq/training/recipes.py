@@ -18,8 +18,10 @@ from sparseq.resources import resource_path
 from sparseq.training.sections import (
     DataRecipe,
     DecodingRecipe,
+    DenoisingRecipe,
     LoraRecipe,
     StartRecipe,
+    TextRecipe,
     TokenizerRecipe,
     TrainingRecipe,
     nearest,
@@ -67,6 +69,8 @@ class Recipe:
         tokenizer, data, training, decoding: The other sections.
         start: A checkpoint to fine-tune; None trains from scratch.
         lora: The adapter to train instead of all weights; None trains them all.
+        text: Plain text to pre-train on (`sparseq pretrain`), instead of the parallel text of section data.
+        denoising: What is learned from it.
         seed: Seed of the weights, the order of the data and dropout.
     """
 
@@ -79,6 +83,8 @@ class Recipe:
     decoding: DecodingRecipe = field(default_factory=DecodingRecipe)
     start: StartRecipe | None = None
     lora: LoraRecipe | None = None
+    text: TextRecipe | None = None
+    denoising: DenoisingRecipe | None = None
     seed: int = 1
 
     def model_config(self, vocab_size: int | None = None) -> SparseqConfig:
@@ -118,6 +124,9 @@ class Recipe:
         """
         limit = config.max_position_embeddings
         longest = max(self.data.max_length, self.decoding.max_length)
+        if self.text is not None and self.denoising is not None:
+            # The tag, and the end of the text.
+            longest = max(longest, self.denoising.length + 2)
         if config.position_embedding_type == "learned" and limit is not None and longest > limit:
             raise ValueError(
                 f"recipe {self.name}: learned positions end at `model.max_position_embeddings` ({limit}), but "
@@ -132,9 +141,11 @@ _SECTIONS: dict[str, type] = {
     "decoding": DecodingRecipe,
     "start": StartRecipe,
     "lora": LoraRecipe,
+    "text": TextRecipe,
+    "denoising": DenoisingRecipe,
 }
 # A run without them is another run than one with their defaults.
-_OPTIONAL = ("start", "lora")
+_OPTIONAL = ("start", "lora", "text", "denoising")
 
 
 def list_recipes() -> dict[str, Path]:

@@ -1,6 +1,5 @@
 """One training run from a recipe: tokenizer, model, training, averaging, scores, and a folder ready to load."""
 
-import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,17 @@ from accelerate import PartialState
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_seed
 
 from sparseq.data.collation import PairCollator
-from sparseq.data.parallel import ParallelReport, ParallelText
+from sparseq.data.parallel import ParallelText
 from sparseq.data.store import Store
 from sparseq.training.allocator import keep_freed_memory
-from sparseq.training.checkpoints import INCOMPLETE, publish_files, write_json
 from sparseq.training.fitting import (
     Stopwatch,
+    check_reporter,
+    describe_model,
+    describe_training,
     load_average,
     load_or_train_tokenizer,
+    losses_by_part,
     make_model,
     train_or_resume,
     training_arguments,
@@ -27,11 +29,11 @@ from sparseq.training.manifest import manifest
 from sparseq.training.output_folder import (
     CACHE,
     CHECKPOINTS,
-    MANIFEST_FILE,
-    RESULTS_FILE,
+    MERGED,
     check_same_checkpoint,
     check_same_text,
     prepare_output,
+    publish_run,
 )
 from sparseq.training.recipes import Recipe
 from sparseq.training.sections import DataRecipe
@@ -49,8 +51,6 @@ from sparseq.training.text import (
     write_translations,
 )
 from sparseq.training.trainer import SparseqTrainer
-
-_MERGED = "merged"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,12 @@ def train(
         FileNotFoundError: A data file is missing.
     """
     output_dir = Path(output_dir)
-    _check_reporter(recipe.training.report_to)
+    if recipe.text is not None or recipe.denoising is not None:
+        raise ValueError(
+            f"recipe {recipe.name} has a section text or denoising, which is plain text to pre-train on: use `sparseq "
+            "pretrain`, or leave the section out"
+        )
+    check_reporter(recipe.training.report_to)
     keep_freed_memory()
     # One bar for the training is enough: the library would add one for every file it writes.
     transformers.utils.logging.disable_progress_bar()
@@ -118,7 +123,8 @@ def train(
         if state.is_main_process:
             check_same_text(output_dir, {name: texts[name].report.files for name in (data.train, data.validation)})
     scored = texts[data.test or data.validation]
-    say = print if progress and state.is_main_process else _silent
+    shows = progress and state.is_main_process
+    say = print if shows else lambda *_: None
     for text in texts.values():
         say(text.report)
 
@@ -136,7 +142,6 @@ def train(
                 progress=progress,
             )
     with state.main_process_first(), watch.part("tokenization"):
-        shows = progress and state.is_main_process
         pairs, reports = tokenize_splits(recipe, data, texts, tokenizer, store, progress=shows)
         if state.is_main_process:
             store.prune()
@@ -144,10 +149,7 @@ def train(
         say(line)
     set_seed(recipe.seed)
     model = make_model(recipe, tokenizer, checkpoint)
-    say(
-        f"model: {model.num_parameters():,} parameters, {model.config.num_parameters(active=True):,} active per token,"
-        f" {model.num_parameters(only_trainable=True):,} trained"
-    )
+    say(describe_model(model))
 
     trainer = SparseqTrainer(
         model=model,
@@ -162,13 +164,12 @@ def train(
         steps = train_or_resume(trainer, recipe, output_dir / CHECKPOINTS)
     with watch.part("averaging"):
         validation_loss = load_average(trainer, recipe, output_dir / CHECKPOINTS)
-        losses = _losses_by_pair(trainer, texts[data.validation])
+        losses = losses_by_part(trainer, [name for name, _, _ in language_pairs(texts[data.validation])])
     if recipe.lora is not None:
         # Otherwise the adapter would be added to the weights anew for every token.
         model.merge_adapter()
     state.wait_for_everyone()
     with watch.part("decoding"):
-        shows = progress and state.is_main_process
         translations = translate_text(model, tokenizer, scored, recipe, data, progress=shows)
     scores, scores_by_pair = score_text(translations, scored, bootstrap=bootstrap)
     result = TrainResult(
@@ -182,16 +183,25 @@ def train(
         translations,
         {name: {"scores": one, "validation_loss": losses[name]} for name, one in scores_by_pair.items()},
     )
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_translations(folder, data.test or data.validation, scored, translations)
+        if recipe.lora is not None and recipe.lora.save_merged:
+            model.unload().save_pretrained(folder / MERGED)
+            tokenizer.save_pretrained(folder / MERGED)
+
     if state.is_main_process:
-        _save(result, recipe, data, scored, reports, model, tokenizer, trainer, start_sha256)
+        reported = {split: report.to_dict() for split, report in reports.items()}
+        publish_run(
+            output_dir,
+            write,
+            results=_results(result, recipe, data, trainer),
+            manifest=manifest(recipe, reported, vocab_size=len(tokenizer), start_sha256=start_sha256),
+        )
     state.wait_for_everyone()
     return result
-
-
-def _check_reporter(name: str) -> None:
-    """Notice a reporter that is not installed before anything is read."""
-    if name != "none":
-        importlib.import_module(name)
 
 
 def _judge_checkpoints(
@@ -214,67 +224,15 @@ def _judge_checkpoints(
         trainer.add_callback(EarlyStoppingCallback(recipe.training.early_stopping_patience))
 
 
-def _losses_by_pair(trainer: SparseqTrainer, text: ParallelText) -> dict[str, float]:
-    """Validation loss of each language pair, where there are several."""
-    names = [name for name, _, _ in language_pairs(text)]
-    parts = getattr(trainer.eval_dataset, "parts", [])
+def _results(result: TrainResult, recipe: Recipe, data: DataRecipe, trainer: SparseqTrainer) -> dict[str, Any]:
+    """What `results.json` says."""
     return {
-        name: trainer.evaluate(part, metric_key_prefix=f"eval_{name}")[f"eval_{name}_loss"]
-        for name, part in zip(names, parts, strict=True)
-    }
-
-
-def _save(
-    result: TrainResult,
-    recipe: Recipe,
-    data: DataRecipe,
-    scored: ParallelText,
-    reports: dict[str, ParallelReport],
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    trainer: SparseqTrainer,
-    start_sha256: dict[str, str],
-) -> None:
-    # Written aside and moved at the end, the results last: a folder that has them has everything.
-    folder = result.output_dir / INCOMPLETE
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    split = data.test or data.validation
-    write_translations(folder, split, scored, result.translations)
-    results = {
         "recipe": recipe.name,
-        "split": split,
+        "split": data.test or data.validation,
         "source": data.source,
         "target": data.target,
         "scores": result.scores,
         "validation_loss": result.validation_loss,
         "language_pairs": result.language_pairs,
-        "steps": result.steps,
-        "parameters": model.num_parameters(),
-        "active_parameters": model.config.num_parameters(active=True),
-        "trained_parameters": model.num_parameters(only_trainable=True),
-        "bf16": trainer.args.bf16,
-        "seconds": result.seconds,
-        "log": trainer.state.log_history,
+        **describe_training(trainer, result.steps, result.seconds),
     }
-    write_json(folder / RESULTS_FILE, results)
-    made = manifest(
-        recipe,
-        {split: report.to_dict() for split, report in reports.items()},
-        vocab_size=len(tokenizer),
-        start_sha256=start_sha256,
-    )
-    write_json(folder / MANIFEST_FILE, made)
-    if recipe.lora is not None and recipe.lora.save_merged:
-        model.unload().save_pretrained(folder / _MERGED)
-        tokenizer.save_pretrained(folder / _MERGED)
-    publish_files(
-        folder,
-        result.output_dir,
-        last=(f"{_MERGED}/config.json", "config.json", "adapter_config.json", MANIFEST_FILE, RESULTS_FILE),
-        replaced="*.safetensors*",
-    )
-
-
-def _silent(*args: object) -> None:
-    pass

@@ -2,12 +2,14 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 
 from sparseq.data.cleaning import Policy
+from sparseq.data.denoising import SHORTEST_PIECE, Noise, SpanCorruption, TextInfilling
+from sparseq.data.plain import TextPlace
 from sparseq.data.sources import PairPlace, parse_pair
 
 
@@ -250,6 +252,137 @@ def _pair_entry(entry: str | Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(value, str) and not (key in _FILE_KEYS and isinstance(value, list)):
             raise ValueError(f"`{key}` of an entry of `pairs` must be a name, but is {value!r}")
     return dict(entry)
+
+
+@strict
+@dataclass(frozen=True)
+class TextRecipe:
+    """Plain text to pre-train on, of one language or several.
+
+    Attributes:
+        folder: Folder with files `{split}.{language}`, plain or gzip-compressed, one text a line.
+        languages: The languages of the text. Each gets a tag, which is put before its sources; empty for no tags.
+        files: Instead of a folder: files with one text a line, or tables (.jsonl, .csv, .parquet, ...). A mapping of
+            languages to files, such as {en: [a.gz, b.gz], de: c.gz}, or a list of files without languages.
+        dataset: Instead of a folder: id of a dataset of the Hub, or a folder that `datasets` can read.
+        dataset_config: Configuration of the dataset, where it has several.
+        column: Column of tables and datasets with the text.
+        split: Name of the split.
+        streaming: Read a dataset of the Hub over the network, without downloading all of it first.
+        held_out: The last so many texts of each language are left out of training, for the validation loss.
+        max_texts: The first so many texts of each language are used, the held-out ones among them; 0 uses all.
+        temperature: How often the languages are drawn, as for language pairs in section data.
+        if_not_utf8: What happens to lines that are not UTF-8: "refuse" or "skip".
+    """
+
+    folder: str | None = None
+    languages: list[str] = field(default_factory=list)
+    files: list[str] | dict[str, str | list[str]] | None = None
+    dataset: str | None = None
+    dataset_config: str | None = None
+    column: str = "text"
+    split: str = "train"
+    streaming: bool = False
+    held_out: int = 1000
+    max_texts: int = 0
+    temperature: float | int = 1.0
+    if_not_utf8: Literal["skip", "refuse"] = "refuse"
+
+    def validate_values(self) -> None:
+        """Refuse values out of range, and places that exclude each other."""
+        _positive(self, "held_out")
+        _not_negative(self, "max_texts")
+        if self.temperature < 1:
+            raise ValueError(f"`temperature` must be at least 1, but is {self.temperature}")
+        given = [name for name in ("folder", "files", "dataset") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"give one of `folder`, `files` and `dataset`, not {' and '.join(given)}")
+        if repeated := sorted({name for name in self.languages if self.languages.count(name) > 1}):
+            raise ValueError(f"`languages` has {', '.join(repeated)} more than once")
+        if isinstance(self.files, dict) and self.languages and self.languages != list(self.files):
+            raise ValueError(
+                f"`files` are of {', '.join(self.files)}, but `languages` says {', '.join(self.languages)}; leave the "
+                "latter out"
+            )
+        if self.max_texts and self.max_texts <= self.held_out:
+            raise ValueError(
+                f"`max_texts` ({self.max_texts}) leaves nothing to train on: `held_out` is {self.held_out} of them"
+            )
+
+    def places(self) -> list[TextPlace]:
+        """Where the text of each language lies.
+
+        Raises:
+            ValueError: No place is named, or a folder without languages, or one dataset for several languages.
+        """
+        shared: dict[str, Any] = {"column": self.column, "split": self.split, "streaming": self.streaming}
+        if isinstance(self.files, dict):
+            return [
+                TextPlace(language, files=(named,) if isinstance(named, str) else tuple(named), **shared)
+                for language, named in self.files.items()
+            ]
+        if self.folder is not None and self.languages:
+            return [TextPlace(language, folder=self.folder, **shared) for language in self.languages]
+        if (self.files or self.dataset) and len(self.languages) <= 1:
+            language = self.languages[0] if self.languages else None
+            return [
+                TextPlace(
+                    language, files=tuple(self.files or ()), dataset=self.dataset, config=self.dataset_config, **shared
+                )
+            ]
+        if self.files or self.dataset:
+            raise ValueError(
+                f"`languages` are {', '.join(self.languages)}, but nothing says which text is of which: give `files` "
+                "as a mapping, such as text.files={en: a.txt, de: b.txt}"
+            )
+        missing = "text.languages" if self.folder else "text.folder and text.languages"
+        raise ValueError(
+            f"pre-training needs {missing}: add, for instance, text.folder=DIR text.split=captions "
+            "text.languages=[en,de] for files DIR/captions.en and DIR/captions.de, or text.files=[a.txt,b.txt], or "
+            "text.dataset=..."
+        )
+
+
+@strict
+@dataclass(frozen=True)
+class DenoisingRecipe:
+    """What the model learns from plain text: to restore what was taken from it.
+
+    Attributes:
+        objective: "span_corruption" (T5), whose target is what was taken, or "text_infilling" (BART), whose target is
+            the whole text.
+        density: Share of the tokens that is taken; None means 0.15 for span corruption and 0.3 for infilling.
+        mean_span: Tokens of a span, on average.
+        length: Tokens of a piece. Texts are packed, one after another, into pieces of this length.
+    """
+
+    objective: Literal["span_corruption", "text_infilling"] = "span_corruption"
+    density: float | None = None
+    mean_span: float | int = 3.0
+    length: int = 128
+
+    def validate_values(self) -> None:
+        """Refuse values out of range."""
+        if self.density is not None and not 0 < self.density < 1:
+            raise ValueError(f"`density` must be above 0 and below 1, but is {self.density}")
+        if self.mean_span < 1:
+            raise ValueError(f"`mean_span` must be at least 1 token, but is {self.mean_span}")
+        if self.length < SHORTEST_PIECE:
+            raise ValueError(f"`length` must be at least {SHORTEST_PIECE} tokens, but is {self.length}")
+
+    def noise(self, mask: int | None, sentinels: Sequence[int]) -> Noise:
+        """The noise, with the ids of the tokenizer's tokens for it."""
+        if self.objective == "span_corruption":
+            return SpanCorruption(tuple(sentinels), self.density or 0.15, float(self.mean_span))
+        assert mask is not None
+        return TextInfilling(mask, self.density or 0.3, float(self.mean_span))
+
+    @property
+    def sentinels(self) -> int:
+        """Sentinel tokens that a piece needs; infilling needs none."""
+        if self.objective != "span_corruption":
+            return 0
+        return SpanCorruption((0,), self.density or 0.15, float(self.mean_span)).counts(self.length)[1]
 
 
 @strict

@@ -1,6 +1,7 @@
 """Starting from a checkpoint instead of random weights: fine-tuning the whole model, or an adapter of it."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from transformers import (
 )
 
 import sparseq  # noqa: F401  # registers the model type with the Auto classes
+from sparseq.data.denoising import add_denoising_tokens
 from sparseq.data.lines import file_hash
 from sparseq.tokenization_sparseq import SparseqTokenizer, language_tag
 from sparseq.training.lora import lora_config
 from sparseq.training.recipes import Recipe
-from sparseq.training.sections import LoraRecipe, StartRecipe
+from sparseq.training.sections import DenoisingRecipe, LoraRecipe, StartRecipe
 
 _TAG = re.compile(r"<2[\w-]+>")
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -92,7 +94,9 @@ def open_checkpoint(recipe: Recipe, output_dir: Path | None = None) -> Checkpoin
     if new_tags:
         # The method needs nothing but a fast tokenizer, which may be of another class.
         SparseqTokenizer.add_language_tags(tokenizer, new_tags)  # type: ignore[arg-type]
-        config.vocab_size = max(config.vocab_size, len(tokenizer))
+    if recipe.text is not None:
+        add_denoising_tokens(tokenizer, (recipe.denoising or DenoisingRecipe()).sentinels)
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
     if recipe.lora is not None:
         _lora_config(config, recipe.lora)
     name = str(folder.resolve()) if Path(start.checkpoint).is_dir() else start.checkpoint
@@ -247,8 +251,12 @@ def _new_tags(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> tuple[str, 
     A tokenizer without any tags belongs to a model of one language pair, which needs none.
     """
     assert recipe.start is not None
-    places = recipe.data.places()
-    languages = dict.fromkeys(place.target for place in places if place.target is not None)
+    if recipe.text is not None:
+        places: Sequence[Any] = recipe.text.places()
+        languages = dict.fromkeys(place.language for place in places if place.language is not None)
+    else:
+        places = recipe.data.places()
+        languages = dict.fromkeys(place.target for place in places if place.target is not None)
     known = sorted(token for token in tokenizer.get_vocab() if _TAG.fullmatch(token))
     missing = tuple(tag for tag in map(language_tag, languages) if tag not in known)
     if recipe.start.add_language_tags or not missing:

@@ -14,13 +14,52 @@ _BYTES_PER_TRAINED_PARAMETER = 16
 
 
 def describe(recipe: Recipe) -> str:
-    """Several lines about the model, the batches, the schedule and the data of `recipe`.
+    """Several lines about the model, the batches, the schedule and the data of `recipe`, for `sparseq train`.
 
     Raises:
         ValueError: The recipe names no data or defective data, or a checkpoint that does not fit.
         FileNotFoundError: A data file is missing.
     """
+    decoding = f"decoding    beam {recipe.decoding.num_beams}, at most {recipe.decoding.max_length} tokens"
+    return "\n".join([*_describe_run(recipe, recipe.model_config()), decoding, *_describe_data(recipe)])
+
+
+def describe_pretraining(recipe: Recipe) -> str:
+    """The same for `sparseq pretrain`, with the objective and the plain text.
+
+    Raises:
+        ValueError: The recipe names no text or defective text, or does not fit pre-training.
+        FileNotFoundError: A file is missing.
+    """
+    from sparseq.training.pretrain import complete_recipe, open_texts, piece_lengths
+
+    recipe = complete_recipe(recipe)
+    assert recipe.text is not None
+    assert recipe.denoising is not None
     config = recipe.model_config()
+    if recipe.start is None:
+        # The mask token, or the sentinels.
+        config.vocab_size += recipe.denoising.sentinels or 1
+    source, target = piece_lengths(recipe.denoising)
+    lines = [
+        *_describe_run(recipe, config),
+        f"objective   {recipe.denoising.objective.replace('_', ' ')}: pieces of {recipe.denoising.length} tokens make "
+        f"sources of at most {source} and targets of at most {target}",
+    ]
+    for text in open_texts(recipe.text):
+        count = words = 0
+        for one in text.texts(recipe.text.max_texts):
+            count, words = count + 1, words + len(one.split())
+        language = f"{text.language}: " if text.language else ""
+        lines.append(
+            f"text        {language}{count:,} texts of {words / max(1, count):.1f} words, the last "
+            f"{recipe.text.held_out:,} held out; {text.name}"
+        )
+    return "\n".join(lines)
+
+
+def _describe_run(recipe: Recipe, config: Any) -> list[str]:
+    """Model, compute, memory, batches and schedule."""
     total, active = config.num_parameters(), config.num_parameters(active=True)
     source, target = training_flops(config)
     trained, frozen = total, 0
@@ -30,8 +69,7 @@ def describe(recipe: Recipe) -> str:
         trained, frozen = count_trained_parameters(recipe, config), total
     held = _BYTES_PER_TRAINED_PARAMETER * trained + _BYTES_PER_PARAMETER * frozen
     training = recipe.training
-    update = training.tokens_per_batch * training.gradient_accumulation_steps
-    lines = [
+    return [
         f"recipe      {recipe.name}: {recipe.description}",
         f"model       {total:,} parameters, {active:,} active per token (vocabulary {config.vocab_size:,}), "
         f"{trained:,} trained",
@@ -40,13 +78,15 @@ def describe(recipe: Recipe) -> str:
         f"precision   {_precision(training.bf16, config.d_model)}",
         f"memory      {held / 2**20:,.0f} MiB for weights, gradients and Adam, activations on top",
         f"batches     {training.tokens_per_batch:,} {training.budget_counts} tokens x "
-        f"{training.gradient_accumulation_steps} = {update:,} an update and device",
+        f"{training.gradient_accumulation_steps} = {_update_tokens(recipe):,} an update and device",
         f"schedule    {training.max_steps:,} updates, {training.lr_scheduler}, peak {training.learning_rate:g} after "
         f"{training.warmup_steps:,}; the last {training.average_checkpoints} checkpoints, "
         f"{training.save_steps:,} updates apart, are averaged",
-        f"decoding    beam {recipe.decoding.num_beams}, at most {recipe.decoding.max_length} tokens",
     ]
-    return "\n".join([*lines, *_describe_data(recipe, update)])
+
+
+def _update_tokens(recipe: Recipe) -> int:
+    return recipe.training.tokens_per_batch * recipe.training.gradient_accumulation_steps
 
 
 def _precision(choice: bool | Literal["auto"], d_model: int) -> str:
@@ -88,7 +128,7 @@ def training_flops(config: Any) -> tuple[int, int]:
     return 6 * source, 6 * target
 
 
-def _describe_data(recipe: Recipe, update: int) -> list[str]:
+def _describe_data(recipe: Recipe) -> list[str]:
     from sparseq.data.store import Store
     from sparseq.training.text import locate_data, read_splits
 
@@ -104,7 +144,7 @@ def _describe_data(recipe: Recipe, update: int) -> list[str]:
         lines += [f"            {line}" for line in details]
     # Subwords are not known before the tokenizer is trained, so this is in words.
     target_words = words[data.train][1]
-    epochs = recipe.training.max_steps * update / max(1, target_words)
+    epochs = recipe.training.max_steps * _update_tokens(recipe) / max(1, target_words)
     lines.append(f"epochs      at most {epochs:,.1f} (a word has one token or more)")
     return lines
 

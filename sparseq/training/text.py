@@ -131,7 +131,7 @@ def tokenize_splits(
                 part,
                 max_length=limit,
                 policy=data.policy() if is_training else data.policy().for_evaluation(),
-                source_prefix=_prefix(tokenizer, part, alone=not texts[split].parts),
+                source_prefix=tag_prefix(tokenizer, part.language, alone=not texts[split].parts),
                 store=store,
                 progress=progress,
             )
@@ -153,16 +153,16 @@ def describe_tokens(reports: dict[str, ParallelReport]) -> Iterator[str]:
                 yield f"{part.name}, in tokens: {words}"
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase, text: ParallelText, *, alone: bool) -> str:
-    """What the sources of one language pair begin with.
+def tag_prefix(tokenizer: PreTrainedTokenizerBase, language: str | None, *, alone: bool) -> str:
+    """What the sources begin with whose targets are of `language`.
 
     Raises:
-        ValueError: The run has several pairs, and the tokenizer no tag for the target language of this one.
+        ValueError: The run has several languages, and the tokenizer no tag for this one.
     """
-    prefix = source_prefix(tokenizer, text.language) if text.language is not None else ""
+    prefix = source_prefix(tokenizer, language) if language is not None else ""
     if not prefix and not alone:
         raise ValueError(
-            f"The tokenizer has no tag <2{text.language}>, which tells the language pairs of this run apart. Add it "
+            f"The tokenizer has no tag <2{language}>, which tells the languages of this run apart. Add it "
             "with `SparseqTokenizer.add_language_tags`, or let the run train its own tokenizer."
         )
     return prefix
@@ -185,7 +185,7 @@ def translate_text(
             model,
             tokenizer,
             list(part.sources),
-            prefix=_prefix(tokenizer, part, alone=not text.parts),
+            prefix=tag_prefix(tokenizer, part.language, alone=not text.parts),
             batch_tokens=recipe.decoding.batch_tokens,
             max_source_length=data.max_length,
             progress=progress,

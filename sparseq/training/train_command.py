@@ -2,6 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparseq.training.recipes import Recipe
 
 _DESCRIPTION = """\
 Train a sequence-to-sequence model from a recipe, a YAML file with the sections model, tokenizer, data, training and
@@ -47,11 +51,14 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_arguments(parser)
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--bootstrap", type=int, default=0, metavar="N", help="confidence intervals of the scores from N resamples"
+    )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command, which `scripts/train.py` shares."""
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of every command that runs a recipe."""
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="name of a recipe (--list), or a YAML file")
     parser.add_argument(
         "overrides",
@@ -65,22 +72,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-resume", action="store_true", help="start over, deleting the checkpoints of an earlier run in DIR"
     )
-    parser.add_argument(
-        "--bootstrap", type=int, default=0, metavar="N", help="confidence intervals of the scores from N resamples"
-    )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Do what the arguments ask for; returns the exit status."""
+def read_recipe(args: argparse.Namespace, example: str) -> "Recipe | None":
+    """The recipe that the arguments name, or None after listing them all.
+
+    Raises:
+        FileNotFoundError, ValueError: As `load_recipe`; or none is named.
+    """
     from sparseq.training.recipes import list_recipes, load_recipe
 
     if args.list:
         for name, path in list_recipes().items():
             print(f"{name:24}{load_recipe(path).description}")
-        return 0
+        return None
     if args.recipe is None:
-        raise ValueError("name a recipe, for instance `sparseq train tiny-sparse`; `sparseq train --list` shows them")
-    recipe = load_recipe(args.recipe, args.overrides)
+        command = args.command
+        raise ValueError(
+            f"name a recipe, for instance `sparseq {command} {example}`; `sparseq {command} --list` shows them"
+        )
+    return load_recipe(args.recipe, args.overrides)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the arguments ask for; returns the exit status."""
+    recipe = read_recipe(args, "tiny-sparse")
+    if recipe is None:
+        return 0
     if args.dry_run:
         from sparseq.training.summary import describe
 

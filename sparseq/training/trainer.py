@@ -220,6 +220,10 @@ class SparseqTrainer(Seq2SeqTrainer):
             sampler = getattr(sampler, "batch_sampler", None)
         if sampler is not None:
             sampler.set_epoch(kwargs["epoch"])
+        # Data that is made anew in every epoch, such as noise, must be that of this one after a resumption too.
+        set_epoch = getattr(self.train_dataset, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(kwargs["epoch"])
         super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(

@@ -219,7 +219,7 @@ def test_mistakes(place: dict[str, Any], message: str, tmp_path: Path, monkeypat
         (("train.en",), "give two aligned text files, source first, or tables"),
         (("train.en", "train.dee"), r"There is no file .*train\.dee.* Did you mean train\.de\?"),
         (("t.jsonl", "u.csv"), "are of several kinds"),
-        (("u.jsonl",), r"no file .*u\.jsonl \(did you mean .*t\.jsonl\?\)"),
+        (("u.jsonl",), r"no file .*u\.jsonl\. Did you mean t\.jsonl\?"),
     ],
 )
 def test_mistakes_in_named_files(files: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from sparseq.training.checkpoints import complete_checkpoints
 from tests.training.resume_runs import Kill, run, sparseq_command
 from tests.training.toy import write_corpus
 
-RUN = "sparseq.training.run"
 STACKS = ("encoder", "decoder")
 
 
@@ -92,7 +91,7 @@ def test_sigterm_ends_the_command_with_143_and_the_same_command_goes_on(
 
 
 LATE = {
-    "averaging": Kill(f"{RUN}:average_checkpoints", after=True),
+    "averaging": Kill("sparseq.training.fitting:average_checkpoints", after=True),
     "evaluation of the mean": Kill("sparseq.training.trainer:SparseqTrainer.evaluate"),
     "final weights": Kill("transformers:PreTrainedModel.save_pretrained", after=True),
     "all but the names": Kill("sparseq.training.checkpoints:_flush_tree", after=True),
@@ -125,8 +124,8 @@ def test_a_kill_after_the_training_leaves_nothing_that_looks_complete(
 @pytest.mark.parametrize(
     "kill",
     [
-        Kill(f"{RUN}:_prepare_output"),
-        Kill(f"{RUN}:write_json"),
+        Kill("sparseq.training.run:prepare_output"),
+        Kill("sparseq.training.output_folder:write_json"),
         Kill("sparseq.training.tokenizer:train_tokenizer", after=True),
         Kill("sparseq.tokenization_sparseq:SparseqTokenizer.save_pretrained", after=True),
         Kill("sparseq.training.checkpoints:publish_checkpoint", call=3),
