@@ -6,8 +6,8 @@ from pathlib import Path
 _DESCRIPTION = """\
 Pre-train a sequence-to-sequence model on plain text: parts of the text are taken out, and the model restores them. Any
 recipe gives the model, the tokenizer and the schedule; its sections text and denoising say what is read and what is
-learned. Trains the tokenizer, packs the text into pieces, makes the noise on the fly (the same for the same seed, new in
-every epoch), and writes a folder that `sparseq train finetune start.checkpoint=...` goes on from.
+learned. Trains the tokenizer, packs the text into pieces, makes the noise on the fly (the same for the same seed, new
+in every epoch), and writes a folder that `sparseq train finetune start.checkpoint=...` goes on from.
 
 An interrupted run continues from its last complete checkpoint when the same command is given again.
 """
@@ -75,5 +75,5 @@ def run(args: argparse.Namespace) -> int:
             print(f"{language:12}validation loss {loss:.3f}")
         print(f"validation loss {result.validation_loss:.3f}")
         print("seconds: " + ", ".join(f"{part} {value:.1f}" for part, value in result.seconds.items()))
-        print(f"The model is in {output}. Fine-tune it: sparseq train finetune start.checkpoint={output} data.folder=...")
+        print(f"The model is in {output}. To fine-tune it: sparseq train finetune start.checkpoint={output} ...")
     return 0
