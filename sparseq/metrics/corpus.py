@@ -8,7 +8,7 @@ import difflib
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import metadata
 from itertools import zip_longest
 from typing import Any, ClassVar
@@ -216,7 +216,8 @@ class Rouge(CorpusMetric):
         if lost:
             warnings.warn(
                 f"{lost} of {len(texts)} references hold no ASCII letter or digit, so their ROUGE is 0: use one of "
-                "sacrebleu's tokenizers, such as tokenize='intl' (on the command line --rouge-tokenize intl).",
+                "sacrebleu's tokenizers, such as tokenize='intl' (`sparseq score --rouge-tokenize intl`, and "
+                "scoring.rouge_tokenize=intl in a recipe).",
                 stacklevel=3,
             )
 
@@ -243,6 +244,39 @@ class _Signature(Signature):
 
 METRICS: dict[str, type[CorpusMetric]] = {metric.name: metric for metric in (Bleu, Chrf, ExactMatch, Rouge)}
 """The metrics by name."""
+
+
+def make_metrics(
+    names: Sequence[str],
+    *,
+    tokenize: str = "13a",
+    lowercase: bool = False,
+    rouge_stemmer: bool = False,
+    rouge_tokenize: str = "ascii",
+) -> list[CorpusMetric]:
+    """Metrics for texts on single lines, as `sparseq score` and recipes ask for them.
+
+    Args:
+        names: Some of `METRICS`; a name that is repeated counts once.
+        tokenize: sacrebleu's tokenizer for BLEU.
+        lowercase: Ignore case in BLEU, chrF and exact match; ROUGE always does.
+        rouge_stemmer: Strip English suffixes for ROUGE.
+        rouge_tokenize: ROUGE's words: "ascii", or those of one of sacrebleu's tokenizers.
+
+    Raises:
+        ValueError: A name or a tokenizer is unknown, or options exclude each other.
+        ModuleNotFoundError: ROUGE is asked for, and rouge-score is not installed.
+    """
+    for name in names:
+        check_metric(name)
+    make: dict[str, Callable[[], CorpusMetric]] = {
+        "bleu": lambda: Bleu(tokenize=tokenize, lowercase=lowercase),
+        "chrf": lambda: Chrf(lowercase=lowercase),
+        "exact_match": lambda: ExactMatch(lowercase=lowercase),
+        # A line holds no line breaks, so rougeLsum would only repeat rougeL.
+        "rouge": lambda: Rouge(kinds=ROUGE_KINDS[:3], stemmer=rouge_stemmer, tokenize=rouge_tokenize),
+    }
+    return [make[name]() for name in dict.fromkeys(names)]
 
 
 def check_metric(name: str) -> None:

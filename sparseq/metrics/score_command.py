@@ -4,7 +4,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+# What it brings in takes a moment, and `sparseq --help` needs none of it.
+if TYPE_CHECKING:
+    from sparseq.data.parallel import ParallelText
 
 _EPILOG = """\
 examples:
@@ -20,6 +24,8 @@ examples:
       the same for files of translations, one a line: nothing is loaded
   sparseq score outputs/tiny --data corpus_tok --source en --target de --split test --tokenize none
       text that is tokenised already
+  sparseq score outputs/summaries --data test.jsonl --source-column document --target-column summary --metrics rouge
+      a table: .jsonl, .csv, .parquet and the like, plain or .gz, or a dataset that was saved or lies on the Hub
 """
 
 _COMPARISON_RESAMPLES = 1000
@@ -41,9 +47,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="MODEL",
         help="folder or Hub id of a sequence-to-sequence model, or a file of translations, one a line",
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder with SPLIT.LANGUAGE[.gz]")
+    parser.add_argument("--data", required=True, help="folder with SPLIT.LANGUAGE[.gz], or a table or dataset")
     parser.add_argument("--source", metavar="LANG", help="language to translate from; not needed for files")
-    parser.add_argument("--target", required=True, metavar="LANG", help="language to translate into")
+    parser.add_argument("--target", metavar="LANG", help="language to translate into; a table may go without")
+    parser.add_argument("--source-column", metavar="NAME", help="column of a table with the sources")
+    parser.add_argument("--target-column", metavar="NAME", help="column of a table with the references")
     parser.add_argument("--split", default="test", help="split to translate (default: test)")
     parser.add_argument(
         "--metrics",
@@ -59,6 +67,12 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--beams", type=int, help="beams (default: what the model's generation_config says)")
     parser.add_argument("--batch-tokens", type=int, default=2048, metavar="N", help="source tokens of a batch")
+    parser.add_argument(
+        "--max-source-length",
+        type=int,
+        metavar="N",
+        help="longer sources are cut to so many tokens (default: what the model's tokenizer says)",
+    )
     parser.add_argument("--tokenize", default="13a", help="sacrebleu's tokenizer for BLEU (default: 13a)")
     parser.add_argument(
         "--rouge-tokenize",
@@ -82,24 +96,31 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Translate, score and report; returns the exit status."""
-    from sparseq.data.parallel import read_parallel
+    from sparseq.metrics.corpus import make_metrics
     from sparseq.metrics.scoring import SEED, paired_differences, score_predictions
 
     # Everything that can be wrong is reported before a model is loaded.
-    metrics = _metrics(args)
+    metrics = make_metrics(
+        args.metrics,
+        tokenize=args.tokenize,
+        lowercase=args.lowercase,
+        rouge_stemmer=args.rouge_stemmer,
+        rouge_tokenize=args.rouge_tokenize,
+    )
     resamples = _resamples(args)
     _check_outputs(args)
-    # A file of translations needs the references alone: the target's file then stands for both sides.
-    text = read_parallel(args.data, args.split, args.source or args.target, args.target, drop_empty=False)
+    text = _read(args)
     system, baseline = _systems(args, len(text))
 
-    options = {"num_beams": args.beams} if args.beams else {}
+    options: dict[str, Any] = {"batch_tokens": args.batch_tokens, "max_source_length": args.max_source_length}
+    options |= {"num_beams": args.beams} if args.beams else {}
+    sources, references = list(text.sources), list(text.targets)
     results = []
     for one in [system, *([baseline] if baseline else [])]:
-        translations = one.translate(text.sources, args.target, batch_tokens=args.batch_tokens, **options)
+        translations = one.translate(sources, args.target, **options)
         if one is system and args.translations:
             _write_lines(args.translations, translations)
-        results.append(score_predictions(translations, text.targets, metrics, bootstrap=resamples))
+        results.append(score_predictions(translations, references, metrics, bootstrap=resamples))
 
     report = {"model": args.model, "split": args.split, "files": text.report.files, **results[0].report()}
     if baseline:
@@ -116,22 +137,40 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _metrics(args: argparse.Namespace) -> list[Any]:
-    """The metrics asked for, each once, with their options."""
-    from sparseq.metrics.corpus import Bleu, Chrf, ExactMatch, Rouge, check_metric
+def _read(args: argparse.Namespace) -> "ParallelText":
+    """The test set, every line of it: aligned files of a folder, or two columns of a table."""
+    from sparseq.data.cleaning import Policy
+    from sparseq.data.parallel import read_pairs
+    from sparseq.data.sources import PairPlace
 
-    for name in args.metrics:
-        check_metric(name)
-    make = {
-        "bleu": lambda: Bleu(tokenize=args.tokenize, lowercase=args.lowercase),
-        "chrf": lambda: Chrf(lowercase=args.lowercase),
-        "exact_match": lambda: ExactMatch(lowercase=args.lowercase),
-        # A line holds no line breaks, so rougeLsum would only repeat rougeL.
-        "rouge": lambda: Rouge(
-            kinds=("rouge1", "rouge2", "rougeL"), stemmer=args.rouge_stemmer, tokenize=args.rouge_tokenize
-        ),
-    }
-    return [make[name]() for name in dict.fromkeys(args.metrics)]
+    source, source_column = args.source, args.source_column
+    if not _models(args) and source is None and source_column is None:
+        # Files of translations need the references alone, which then stand for both sides.
+        source, source_column = args.target, args.target_column
+    is_file, has_columns = Path(args.data).is_file(), bool(args.source_column or args.target_column)
+    if not is_file and not has_columns:
+        if args.target is None:
+            raise ValueError(
+                f"--target is missing: the folder {args.data} has a file for each language. For a dataset, name "
+                "--source-column and --target-column."
+            )
+        if source is None:
+            raise ValueError(f"--source is missing: {_models(args)[0]} is to translate from it.")
+    place = PairPlace(
+        source,
+        args.target,
+        folder=None if is_file or has_columns else args.data,
+        dataset=args.data if has_columns and not is_file else None,
+        source_column=source_column,
+        target_column=args.target_column,
+        files=((args.split, (args.data,)),) if is_file else (),
+    )
+    return read_pairs(place.open(args.split), args.split, Policy().for_evaluation(), language=args.target)
+
+
+def _models(args: argparse.Namespace) -> list[str]:
+    """The systems that are to translate."""
+    return [name for name in (args.model, args.baseline) if name is not None and not Path(name).is_file()]
 
 
 def _resamples(args: argparse.Namespace) -> int:
@@ -162,10 +201,8 @@ def _systems(args: argparse.Namespace, lines: int) -> tuple[Any, Any]:
         raise ValueError(f"--beams must be at least 1, but is {args.beams}.")
     if args.batch_tokens < 1:
         raise ValueError(f"--batch-tokens must be at least 1, but is {args.batch_tokens}.")
-    given = [name for name in (args.model, args.baseline) if name is not None]
-    models = [name for name in given if not Path(name).is_file()]
-    if models and args.source is None:
-        raise ValueError(f"--source is missing: {models[0]} is to translate from it.")
+    if args.max_source_length is not None and args.max_source_length < 1:
+        raise ValueError(f"--max-source-length must be at least 1, but is {args.max_source_length}.")
     if args.translations and Path(args.model).is_file():
         raise ValueError(f"--translations has nothing to write: {args.model} holds the translations already.")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils.logging import disable_progress_bar
 
 import sparseq  # noqa: F401  # registers the model type with the Auto classes
@@ -31,19 +32,38 @@ class System:
     tokenizer: PreTrainedTokenizerBase | None = None
     translations: list[str] | None = None
 
-    def translate(self, sources: Sequence[str], target: str, *, batch_tokens: int, **options: Any) -> list[str]:
-        """The translations of `sources` into the language `target`; `options` are those of generate()."""
+    def translate(
+        self,
+        sources: Sequence[str],
+        target: str | None,
+        *,
+        batch_tokens: int,
+        max_source_length: int | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """What the model makes of `sources`.
+
+        Args:
+            sources: Plain text.
+            target: Language to translate into, for the tag; None for no tag.
+            batch_tokens: Source tokens of a batch.
+            max_source_length: Longer sources are cut to that many tokens. None: as the tokenizer says.
+            options: Of generate().
+        """
         if self.translations is not None:
             return self.translations
         assert self.tokenizer is not None
         # Of the weights, which load in a moment; translating has its own.
         disable_progress_bar()
+        if max_source_length is None and self.tokenizer.model_max_length < LARGE_INTEGER:
+            max_source_length = self.tokenizer.model_max_length
         return translate_batchwise(
             AutoModelForSeq2SeqLM.from_pretrained(self.name),
             self.tokenizer,
             sources,
-            prefix=source_prefix(self.tokenizer, target),
+            prefix=source_prefix(self.tokenizer, target) if target is not None else "",
             batch_tokens=batch_tokens,
+            max_source_length=max_source_length,
             progress=True,
             **options,
         )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sparseq.metrics.corpus import Bleu, Chrf
+from sparseq.metrics.corpus import make_metrics
 from sparseq.metrics.scoring import SEED, score_predictions
 
 
@@ -33,5 +33,5 @@ def translation_scores(
     Raises:
         ValueError: The lists differ in length, are empty, or `tokenize` is unknown.
     """
-    metrics = [Bleu(tokenize=tokenize, lowercase=lowercase), Chrf(lowercase=lowercase)]
+    metrics = make_metrics(["bleu", "chrf"], tokenize=tokenize, lowercase=lowercase)
     return score_predictions(hypotheses, references, metrics, bootstrap=bootstrap, seed=seed).report()

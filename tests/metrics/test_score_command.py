@@ -1,11 +1,13 @@
 """`sparseq score`: what it reports, of models and of files, and the mistakes it names before a model is loaded."""
 
+import copy
 import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSeq2SeqLM, BertConfig, PreTrainedTokenizerFast
@@ -161,6 +163,60 @@ def test_an_adapter(
     assert lines(tmp_path / "out.yy") == expected
 
 
+@pytest.fixture
+def table(corpus: Path, tmp_path: Path) -> Path:
+    rows = zip(lines(corpus / "test.xx"), lines(corpus / "test.yy"), strict=True)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"xx": a, "yy": b, "n": 1}) + "\n" for a, b in rows), "utf-8")
+    return path
+
+
+def scores(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """A report without what says where the text lies."""
+    assert main(["score", *arguments]) == 0
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return {key: value for key, value in report.items() if key != "files"}
+
+
+def test_a_table_in_place_of_files(
+    models_folder: Path, options: list[str], table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(models_folder / "first")
+    expected = scores([model, *options], capsys)
+    columns = ["--source-column", "xx", "--target-column", "yy"]
+    assert scores([model, "--data", str(table), *columns], capsys) == expected
+    assert scores([model, "--data", str(table), "--source", "xx", "--target", "yy"], capsys) == expected
+    datasets.DatasetDict({"test": datasets.load_dataset("json", data_files=str(table), split="train")}).save_to_disk(
+        tmp_path / "saved"
+    )
+    assert scores([model, "--data", str(tmp_path / "saved"), *columns], capsys) == expected
+
+
+@pytest.mark.usefixtures("no_models")
+def test_the_references_of_a_table_alone(
+    corpus: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = str(write(tmp_path / "out.txt", lines(corpus / "test.yy")))
+    for reference in (["--target-column", "yy"], ["--target", "yy"]):
+        assert scores([found, "--data", str(table), *reference], capsys)["bleu"] == pytest.approx(100)
+
+
+def test_long_sources_are_cut_as_the_tokenizer_says(
+    models_folder: Path, options: list[str], corpus: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    shutil.copytree(models_folder / "first", tmp_path / "short")
+    limited = copy.deepcopy(tokenizer)
+    limited.model_max_length = 4
+    limited.save_pretrained(tmp_path / "short")
+    for limit, expected in (
+        ([], translations(models_folder / "first", tokenizer, corpus, max_source_length=4)),
+        (["--max-source-length", "9"], translations(models_folder / "first", tokenizer, corpus)),
+    ):
+        output = tmp_path / "out.yy"
+        assert main(["score", str(tmp_path / "short"), *options, *limit, "--translations", str(output)]) == 0
+        assert lines(output) == expected
+
+
 def broken(folder: Path, source: Path, *, without: str) -> str:
     """A copy of a model's folder that lacks some files."""
     shutil.copytree(source, folder / "broken")
@@ -194,6 +250,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (["--baseline", "x", "--bootstrap", "0"], "--baseline needs resamples"),
         (["--beams", "0"], "--beams must be at least 1"),
         (["--batch-tokens", "0"], "--batch-tokens must be at least 1"),
+        (["--max-source-length", "0"], "--max-source-length must be at least 1"),
         (["--split", "tset"], "tset.xx"),
         (["--output", "no/such/folder/score.json"], "--output no/such/folder/score.json: there is no folder"),
         (["--translations", "."], "--translations . is a folder"),
@@ -283,6 +340,32 @@ def test_files_that_do_not_fit(
     no_source = ["--data", str(corpus), "--target", "yy"]
     message = fails([whole, "--baseline", str(models_folder / "first"), *no_source], capsys)
     assert f"--source is missing: {models_folder / 'first'} is to translate from it." in message
+
+
+@pytest.mark.usefixtures("no_models")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "TABLE", "--source-column", "yx", "--target-column", "yy"], "has no column 'yx' (did you mean"),
+        (["--data", "TABLE", "--target-column", "yy"], "has no column 'source' for the source"),
+        (["--data", "TABLE", "--source-column", "xx", "--target-column", "n"], "must hold text, but holds 1 (int)"),
+        (
+            ["--data", "rows.jsonl", "--source-column", "xx", "--target-column", "yy"],
+            "There is no file or folder rows",
+        ),
+        (["--data", "CORPUS"], "--target is missing: the folder"),
+    ],
+)
+def test_mistakes_about_tables(
+    arguments: list[str],
+    message: str,
+    models_folder: Path,
+    corpus: Path,
+    table: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"TABLE": str(table), "CORPUS": str(corpus)}
+    assert message in fails([str(models_folder / "first"), *(places.get(word, word) for word in arguments)], capsys)
 
 
 @pytest.mark.usefixtures("no_models")
