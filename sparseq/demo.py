@@ -132,10 +132,11 @@ def _headline(text: str) -> None:
 
 def _show_scores(recipe: Any, result: Any) -> None:
     from sparseq.metrics import translation_scores
+    from sparseq.training.sections import METRIC_FIGURES
 
-    scores = result.scores
-    print(f"BLEU {scores['bleu']:6.2f}   {scores['bleu_signature']}")
-    print(f"chrF {scores['chrf']:6.2f}   {scores['chrf_signature']}")
+    for metric in recipe.scoring.metrics:
+        for figure, label in METRIC_FIGURES[metric].items():
+            print(f"{label:4} {result.scores[figure]:6.2f}   {result.scores[f'{metric}_signature']}")
     if recipe.data.folder is not None or not recipe.data.generated_pairs:
         return
     from sparseq.data.grammar import generate_corpus, is_held_out, word_for_word
@@ -143,10 +144,11 @@ def _show_scores(recipe: Any, result: Any) -> None:
     # The same seed gives the same pairs again, now with the rules that made them.
     test = generate_corpus(train_size=recipe.data.generated_pairs, seed=recipe.seed).test
     rows = [row for row, pair in enumerate(test) if is_held_out(pair)]
+    options = {"tokenize": recipe.scoring.tokenize, "lowercase": recipe.scoring.lowercase}
     kept_apart = translation_scores(
-        [result.translations[row] for row in rows], [result.references[row] for row in rows]
+        [result.translations[row] for row in rows], [result.references[row] for row in rows], **options
     )
-    dictionary = translation_scores([word_for_word(source) for source in result.sources], result.references)
+    dictionary = translation_scores([word_for_word(source) for source in result.sources], result.references, **options)
     print(f"BLEU {kept_apart['bleu']:6.2f}   on the {len(rows)} pairs that combine rules never seen together")
     print(f"BLEU {dictionary['bleu']:6.2f}   a word-for-word dictionary, for comparison")
 

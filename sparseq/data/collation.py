@@ -1,6 +1,7 @@
 """Tokenised sentence pairs as a dataset, and their collation into padded batches."""
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -92,6 +93,7 @@ def tokenize_pairs(
     text: ParallelText,
     *,
     max_length: int,
+    max_target_length: int | None = None,
     policy: Policy | None = None,
     source_prefix: str = "",
     store: Store | None = None,
@@ -102,7 +104,8 @@ def tokenize_pairs(
     Args:
         tokenizer: Tokenizer that appends the end of sentence to sources and targets alike.
         text: The sentences.
-        max_length: Longest side in tokens, end of sentence included.
+        max_length: Longest side in tokens, end of sentence included; with `max_target_length` the longest source.
+        max_target_length: Longest target in tokens, end of sentence included. None: `max_length`.
         policy: What happens to pairs with a longer side, and to pairs one side of which is more than
             `max_length_ratio` times as long as the other.
         source_prefix: Put before every source, such as the language tag "<2de> ".
@@ -119,10 +122,13 @@ def tokenize_pairs(
     key, entry = "", None
     if store is not None:
         made_of = {"prefix": source_prefix, "max_length": max_length, "tokenizer": tokenizer_hash(tokenizer)}
+        # Absent by default, so that what earlier versions have made keeps its name.
+        made_of |= {} if max_target_length is None else {"max_target_length": max_target_length}
         key = f"tokens-{content_key(format=_FORMAT, text=text.key, policy=asdict(policy), **made_of)}"
         entry = store.get(key)
     if entry is None:
-        entry = _tokenize(tokenizer, text, max_length, policy, source_prefix, store, key, progress)
+        limits = (max_length, max_length if max_target_length is None else max_target_length)
+        entry = _tokenize(tokenizer, text, limits, policy, source_prefix, store, key, progress)
     table, note = entry
     defects = {kind: Defect(**{**values, "lines": tuple(values["lines"])}) for kind, values in note.items()}
     report = replace(text.report, defects={**text.report.defects, **defects}, kept=len(table))
@@ -132,7 +138,7 @@ def tokenize_pairs(
 def _tokenize(
     tokenizer: PreTrainedTokenizerBase,
     text: ParallelText,
-    max_length: int,
+    limits: tuple[int, int],
     policy: Policy,
     prefix: str,
     store: Store | None,
@@ -140,7 +146,7 @@ def _tokenize(
     progress: bool,
 ) -> tuple[Any, dict[str, Any]]:
     defects: dict[str, Defect] = {}
-    shortest = max_length + 1
+    shortest: tuple[float, float] = (math.inf, math.inf)
 
     def batches() -> Iterator[pa.RecordBatch]:
         nonlocal shortest
@@ -154,16 +160,16 @@ def _tokenize(
                 targets = tokenizer(text_target=list(text.targets[rows]), verbose=False)["input_ids"]
                 kept: tuple[list[list[int]], list[list[int]]] = ([], [])
                 for row, pair in enumerate(zip(sources, targets, strict=True), start=start):
-                    longest, other = max(map(len, pair)), min(map(len, pair))
-                    shortest = min(shortest, longest)
-                    kinds = ["too_long"] if longest > max_length else []
-                    kinds += ["unbalanced"] if longest > policy.max_length_ratio * other else []
+                    lengths = (len(pair[0]), len(pair[1]))
+                    shortest = min(shortest, lengths, key=max)
+                    kinds = ["too_long"] if lengths[0] > limits[0] or lengths[1] > limits[1] else []
+                    kinds += ["unbalanced"] if max(lengths) > policy.max_length_ratio * min(lengths) else []
                     for kind in kinds:
                         count_defect(defects, kind, text.line(row), policy.action(kind))
                     if not any(policy.action(kind) == "skip" for kind in kinds):
-                        for column, ids in zip(kept, pair, strict=True):
+                        for column, ids, limit in zip(kept, pair, limits, strict=True):
                             # The last id is the end of sentence, which a truncated sentence keeps.
-                            column.append(ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]])
+                            column.append(ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]])
                 bar.update(len(sources))
                 yield pa.record_batch([pa.array(ids, f.type) for ids, f in zip(kept, _SCHEMA, strict=True)], _SCHEMA)
 
@@ -171,8 +177,9 @@ def _tokenize(
         refuse_defects(defects, f"{text.report.split} in tokens", text.report.unit)
         if not len(table):
             raise ValueError(
-                f"All {len(text):,} pairs of {text.report.split} have a side of more than {max_length} tokens (the "
-                f"shortest pair has {shortest}) or are left out as unbalanced. Raise `data.max_length`."
+                f"All {len(text):,} pairs of {text.report.split} have more than {limits[0]} tokens in the source or "
+                f"more than {limits[1]} in the target (the shortest pair has {shortest[0]} and {shortest[1]}), or are "
+                "left out as unbalanced. Raise `data.max_length` or `data.max_target_length`."
             )
         return np.ones(len(table), dtype=bool), {kind: asdict(defect) for kind, defect in sorted(defects.items())}
 

@@ -28,6 +28,16 @@ PIPELINE_TAGS = ("translation", "summarization", "text-generation", "feature-ext
 _SEQ2SEQ = "SparseqForConditionalGeneration"
 _ENCODER = "SparseqEncoderModel"
 
+# Figure, what people call it, and the metric's name on the Hub.
+_FIGURES = (
+    ("bleu", "BLEU", "bleu"),
+    ("chrf", "chrF2", "chrf"),
+    ("exact_match", "exact match", "exact_match"),
+    ("rouge1", "ROUGE-1", "rouge"),
+    ("rouge2", "ROUGE-2", "rouge"),
+    ("rougeL", "ROUGE-L", "rouge"),
+)
+
 _EXAMPLE = "A man is walking in the park."
 
 _CITATION = f"""\
@@ -145,20 +155,21 @@ class CardFacts:
 def translation_metrics(
     scores: Mapping[str, Any], *, dataset: str, dataset_id: str | None = None, split: str | None = None
 ) -> list[MetricFacts]:
-    """BLEU and chrF for the card, from what `sparseq.metrics.translation_scores` returned."""
+    """What the card says of scores, from a report of `sparseq.metrics.scoring.Scored`, such as those of a run."""
     return [
         MetricFacts(
             name=name,
-            metric_id=key,
-            value=scores[key],
-            interval=scores.get(f"{key}_ci"),
-            signature=scores.get(f"{key}_signature"),
+            metric_id=metric,
+            value=scores[figure],
+            interval=scores.get(f"{figure}_ci"),
+            signature=scores.get(f"{metric}_signature"),
             dataset=dataset,
             dataset_id=dataset_id,
             split=split,
             examples=scores.get("sentences"),
         )
-        for name, key in (("BLEU", "bleu"), ("chrF2", "chrf"))
+        for figure, name, metric in _FIGURES
+        if figure in scores
     ]
 
 

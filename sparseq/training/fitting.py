@@ -119,6 +119,7 @@ def _generation_config(recipe: Recipe, model: PreTrainedModel) -> GenerationConf
         eos_token_id=model.config.eos_token_id,
         decoder_start_token_id=model.config.decoder_start_token_id,
         **(beams if decoding.num_beams > 1 else {}),
+        **({"no_repeat_ngram_size": decoding.no_repeat_ngram_size} if decoding.no_repeat_ngram_size else {}),
     )
 
 

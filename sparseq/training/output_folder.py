@@ -15,7 +15,7 @@ from sparseq.training.checkpoints import (
     write_json,
 )
 from sparseq.training.recipes import Recipe
-from sparseq.training.sections import DataRecipe, TextRecipe, TrainingRecipe
+from sparseq.training.sections import DataRecipe, ScoringRecipe, TextRecipe, TrainingRecipe
 from sparseq.training.start import Checkpoint
 from sparseq.training.text import GENERATED_DATA
 
@@ -149,6 +149,11 @@ def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:
     flat = {"seed": recipe["seed"]}
     for section in ("model", "tokenizer", "data", "training", "start", "lora", "text", "denoising"):
         flat |= {f"{section}.{key}": value for key, value in recipe.get(section, {}).items() if key not in free}
+    figure = recipe["training"].get("metric", "loss")
+    if figure != "loss":
+        # One run's evaluations must compare: they choose its weights and its end.
+        options = ScoringRecipe(**recipe.get("scoring", {})).options_of(figure)
+        flat |= {f"scoring.{name}": value for name, value in options.items()}
     flat |= {section: "used" if section in recipe else "not used" for section in ("start", "lora", "text")}
     # What a recipe of an earlier version does not say had the value that is now the default.
     now = {"data": asdict(DataRecipe()), "training": asdict(TrainingRecipe())}

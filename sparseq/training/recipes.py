@@ -16,10 +16,12 @@ from huggingface_hub.errors import StrictDataclassError
 from sparseq.configuration_sparseq import SparseqConfig
 from sparseq.resources import resource_path
 from sparseq.training.sections import (
+    METRIC_FIGURES,
     DataRecipe,
     DecodingRecipe,
     DenoisingRecipe,
     LoraRecipe,
+    ScoringRecipe,
     StartRecipe,
     TextRecipe,
     TokenizerRecipe,
@@ -66,7 +68,7 @@ class Recipe:
         description: One line for `sparseq train --list`.
         model: Arguments of `SparseqConfig`, the vocabulary and its special tokens excepted. With `start` only those
             that act in training alone.
-        tokenizer, data, training, decoding: The other sections.
+        tokenizer, data, training, decoding, scoring: The other sections.
         start: A checkpoint to fine-tune; None trains from scratch.
         lora: The adapter to train instead of all weights; None trains them all.
         text: Plain text to pre-train on (`sparseq pretrain`), instead of the parallel text of section data.
@@ -81,6 +83,7 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     training: TrainingRecipe = field(default_factory=TrainingRecipe)
     decoding: DecodingRecipe = field(default_factory=DecodingRecipe)
+    scoring: ScoringRecipe = field(default_factory=ScoringRecipe)
     start: StartRecipe | None = None
     lora: LoraRecipe | None = None
     text: TextRecipe | None = None
@@ -123,14 +126,16 @@ class Recipe:
             ValueError: The message names the lengths.
         """
         limit = config.max_position_embeddings
-        longest = max(self.data.max_length, self.decoding.max_length)
+        longest = max(self.data.max_length, self.data.longest_target, self.decoding.max_length)
         if self.text is not None and self.denoising is not None:
             # The tag, and the end of the text.
             longest = max(longest, self.denoising.length + 2)
         if config.position_embedding_type == "learned" and limit is not None and longest > limit:
+            of_target = f", `data.max_target_length` {self.data.max_target_length}"
             raise ValueError(
                 f"recipe {self.name}: learned positions end at `model.max_position_embeddings` ({limit}), but "
-                f"`data.max_length` is {self.data.max_length} and `decoding.max_length` {self.decoding.max_length}"
+                f"`data.max_length` is {self.data.max_length}{of_target if self.data.max_target_length else ''} and "
+                f"`decoding.max_length` {self.decoding.max_length}"
             )
 
 
@@ -139,6 +144,7 @@ _SECTIONS: dict[str, type] = {
     "data": DataRecipe,
     "training": TrainingRecipe,
     "decoding": DecodingRecipe,
+    "scoring": ScoringRecipe,
     "start": StartRecipe,
     "lora": LoraRecipe,
     "text": TextRecipe,
@@ -201,6 +207,8 @@ def build_recipe(name: str, tree: Mapping[str, Any]) -> Recipe:
         seed=seed,
         **sections,
     )
+    _check_metric(recipe, where)
+    _check_budget(recipe, where)
     if recipe.start is None:
         recipe.check_lengths(recipe.model_config())
     return recipe
@@ -274,6 +282,33 @@ def _check_start(tree: Mapping[str, Any], model: Mapping[str, Any], where: str) 
         SparseqConfig(**model)
     except StrictDataclassError as error:
         raise ValueError(f"{where}, section model: {_cause(error)}") from error
+
+
+def _check_metric(recipe: Recipe, where: str) -> None:
+    """Refuse to judge validation by what is not measured."""
+    figure, metrics = recipe.training.metric, recipe.scoring.metrics
+    if figure == "loss" or any(figure in METRIC_FIGURES[metric] for metric in metrics):
+        return
+    needed = next(metric for metric in METRIC_FIGURES if figure in METRIC_FIGURES[metric])
+    raise ValueError(
+        f"{where}: `training.metric` is {figure}, but `scoring.metrics` has no {needed}; set "
+        f'"scoring.metrics=[{", ".join([*metrics, needed])}]"'
+    )
+
+
+def _check_budget(recipe: Recipe, where: str) -> None:
+    """Refuse a budget that a pair could exceed, which no batch could hold."""
+    if recipe.text is not None:
+        # Pre-training has pieces in place of pairs.
+        return
+    data, budget, counts = recipe.data, recipe.training.tokens_per_batch, recipe.training.budget_counts
+    longest = data.longest_target + (data.max_length if counts == "source+target" else 0)
+    if longest > budget:
+        raise ValueError(
+            f"{where}: a batch holds `training.tokens_per_batch` ({budget}) {counts} tokens, but a pair may have "
+            f"{longest}: `data.max_length` is {data.max_length}, and the longest target has {data.longest_target}; "
+            "raise the budget, or lower `data.max_length` or `data.max_target_length`"
+        )
 
 
 def _cause(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """One training run from a recipe: tokenizer, model, training, averaging, scores, and a folder ready to load."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_see
 from sparseq.data.collation import PairCollator
 from sparseq.data.parallel import ParallelText
 from sparseq.data.store import Store
+from sparseq.metrics.corpus import CorpusMetric
+from sparseq.metrics.scoring import check_bootstrap
 from sparseq.training.allocator import keep_freed_memory
 from sparseq.training.fitting import (
     Stopwatch,
@@ -59,7 +62,8 @@ class TrainResult:
 
     Attributes:
         output_dir: Folder with the averaged weights, configuration, tokenizer, `results.json` and `manifest.json`.
-        scores: BLEU and chrF of the scored split, as `translation_scores` returns them.
+        scores: The figures of the scored split with signatures, and intervals if they were asked for: a report of
+            `sparseq.metrics.scoring.Scored`.
         validation_loss: Cross-entropy per target token of the saved weights on the validation split.
         steps: Optimizer updates made in all.
         seconds: Wall-clock time of each part of this call ("tokenizer", "training", "decoding", "total", ...).
@@ -92,9 +96,9 @@ def train(
         bootstrap: Resamples for confidence intervals of the scores; 0 leaves them out.
 
     Raises:
-        ModuleNotFoundError: `training.report_to` names a package that is not installed.
-        ValueError: The recipe names no data, the data is defective, the checkpoint to start from does not fit, or
-            `output_dir` holds a run of another recipe.
+        ModuleNotFoundError: `training.report_to` or a metric needs a package that is not installed.
+        ValueError: An option of the metrics is unknown, the recipe names no data, the data is defective, the
+            checkpoint to start from does not fit, or `output_dir` holds a run of another recipe.
         FileNotFoundError: A data file is missing.
     """
     output_dir = Path(output_dir)
@@ -104,6 +108,8 @@ def train(
             "pretrain`, or leave the section out"
         )
     check_reporter(recipe.training.report_to)
+    metrics = recipe.scoring.make()
+    check_bootstrap(bootstrap)
     keep_freed_memory()
     # One bar for the training is enough: the library would add one for every file it writes.
     transformers.utils.logging.disable_progress_bar()
@@ -159,7 +165,7 @@ def train(
         data_collator=PairCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    _judge_checkpoints(trainer, recipe, data, texts[data.validation], tokenizer)
+    _judge_checkpoints(trainer, recipe, data, texts[data.validation], tokenizer, metrics)
     with watch.part("training"):
         steps = train_or_resume(trainer, recipe, output_dir / CHECKPOINTS)
     with watch.part("averaging"):
@@ -171,7 +177,7 @@ def train(
     state.wait_for_everyone()
     with watch.part("decoding"):
         translations = translate_text(model, tokenizer, scored, recipe, data, progress=shows)
-    scores, scores_by_pair = score_text(translations, scored, bootstrap=bootstrap)
+    scores, scores_by_pair = score_text(translations, scored, metrics, bootstrap=bootstrap)
     result = TrainResult(
         output_dir,
         scores,
@@ -205,19 +211,22 @@ def train(
 
 
 def _judge_checkpoints(
-    trainer: SparseqTrainer, recipe: Recipe, data: DataRecipe, text: ParallelText, tokenizer: PreTrainedTokenizerBase
+    trainer: SparseqTrainer,
+    recipe: Recipe,
+    data: DataRecipe,
+    text: ParallelText,
+    tokenizer: PreTrainedTokenizerBase,
+    metrics: Sequence[CorpusMetric],
 ) -> None:
     """Have validation judged as the recipe asks for, and training ended by it."""
-    metric = recipe.training.metric
-    if metric != "loss":
+    if recipe.training.metric != "loss":
         # Greedy: beams would say little more about which checkpoint is better, at many times the cost.
         greedy = {"num_beams": 1, "length_penalty": 1.0, "early_stopping": False}
 
         def score(model: Any) -> dict[str, float]:
-            scores, _ = score_text(
-                translate_text(model, tokenizer, text, recipe, data, progress=False, **greedy), text
-            )
-            return {name: scores[name] for name in ("bleu", "chrf")}
+            outputs = translate_text(model, tokenizer, text, recipe, data, progress=False, **greedy)
+            scores, _ = score_text(outputs, text, metrics)
+            return {figure: scores[figure] for metric in metrics for figure in metric.figures}
 
         trainer.score_generations = score
     if recipe.training.early_stopping_patience:

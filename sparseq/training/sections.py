@@ -2,8 +2,8 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -11,6 +11,18 @@ from sparseq.data.cleaning import Policy
 from sparseq.data.denoising import SHORTEST_PIECE, Noise, SpanCorruption, TextInfilling
 from sparseq.data.plain import TextPlace
 from sparseq.data.sources import PairPlace, parse_pair
+
+# A recipe is checked where the extra that brings sacrebleu is not installed.
+if TYPE_CHECKING:
+    from sparseq.metrics.corpus import CorpusMetric
+
+METRIC_FIGURES = {
+    "bleu": {"bleu": "BLEU"},
+    "chrf": {"chrf": "chrF"},
+    "exact_match": {"exact_match": "exact match"},
+    "rouge": {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"},
+}
+"""Metric to its figures, and what people call them."""
 
 
 def refuse_unknown(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
@@ -147,7 +159,8 @@ class DataRecipe:
         max_pairs: The first so many training pairs of each language pair are used; 0 uses all.
         tokenizer_sentences: The tokenizer is trained on at most so many sentences, evenly spaced; it holds them in
             memory.
-        max_length: Longest side in tokens, end of sentence included.
+        max_length: Longest side in tokens, end of sentence included; with `max_target_length` the longest source.
+        max_target_length: Longest target in tokens, end of sentence included; None means `max_length`.
         max_length_ratio: A pair one side of which has more than this many times the tokens of the other is unbalanced.
         if_empty, if_not_utf8, if_replacement_character, if_identical, if_duplicate, if_too_long, if_unbalanced: What
             happens to training pairs with this defect: "skip", "keep", "refuse" (stop with a message), "truncate".
@@ -174,6 +187,7 @@ class DataRecipe:
     max_pairs: int = 0
     tokenizer_sentences: int = 5_000_000
     max_length: int = 256
+    max_target_length: int | None = None
     max_length_ratio: float | int = 9.0
     if_empty: Literal["skip", "keep", "refuse"] = "skip"
     if_not_utf8: Literal["skip", "refuse"] = "refuse"
@@ -187,6 +201,8 @@ class DataRecipe:
     def validate_values(self) -> None:
         """Refuse values out of range, and places that exclude each other."""
         _positive(self, "max_length", "tokenizer_sentences")
+        if self.max_target_length is not None:
+            _positive(self, "max_target_length")
         _not_negative(self, "generated_pairs", "max_pairs")
         for name in ("temperature", "max_length_ratio"):
             if getattr(self, name) < 1:
@@ -196,6 +212,11 @@ class DataRecipe:
         if self.pairs is not None and (self.source is not None or self.target is not None):
             raise ValueError("give `pairs`, or `source` and `target`, not both")
         self.places()
+
+    @property
+    def longest_target(self) -> int:
+        """Tokens of the longest target."""
+        return self.max_length if self.max_target_length is None else self.max_target_length
 
     def policy(self) -> Policy:
         """What happens to defective training pairs."""
@@ -407,8 +428,9 @@ class TrainingRecipe:
         logging_steps: Updates between log lines.
         average_checkpoints: The final weights are the mean of that many last checkpoints; 1 takes the last one.
         final_weights: "average", as said, or "best": the checkpoint with the best `metric`.
-        metric: What validation is judged by: "loss", or "bleu" or "chrf" of greedy translations of the validation
-            split, which are then made at every evaluation.
+        metric: What validation is judged by: "loss", or a figure of `scoring.metrics` ("bleu", "chrf", "exact_match",
+            "rouge1", "rouge2", "rougeL") on greedy outputs for the validation split, which are then made at every
+            evaluation.
         early_stopping_patience: Evaluations without a better `metric` after which training ends; 0 goes on.
         report_to: Where logs go besides results.json: "none", "tensorboard" (into the output folder) or "wandb".
         bf16: Mixed precision in bfloat16; "auto" uses it where the hardware multiplies it faster than float32.
@@ -431,7 +453,7 @@ class TrainingRecipe:
     logging_steps: int = 50
     average_checkpoints: int = 5
     final_weights: Literal["average", "best"] = "average"
-    metric: Literal["loss", "bleu", "chrf"] = "loss"
+    metric: Literal["loss", "bleu", "chrf", "exact_match", "rouge1", "rouge2", "rougeL"] = "loss"
     early_stopping_patience: int = 0
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
     bf16: bool | Literal["auto"] = "auto"
@@ -467,14 +489,68 @@ class DecodingRecipe:
         num_beams: Beams; 1 is greedy.
         length_penalty: Exponent of the length that a beam's log-probability is divided by.
         max_length: Longest output in tokens.
+        no_repeat_ngram_size: No sequence of so many tokens occurs twice in an output; 0 allows it. For summaries, 3.
         batch_tokens: Source tokens translated at once, padding included, beams not counted.
     """
 
     num_beams: int = 4
     length_penalty: float | int = 1.0
     max_length: int = 256
+    no_repeat_ngram_size: int = 0
     batch_tokens: int = 2048
 
     def validate_values(self) -> None:
         """Refuse values out of range."""
         _positive(self, "num_beams", "max_length", "batch_tokens")
+        _not_negative(self, "no_repeat_ngram_size")
+
+
+@strict
+@dataclass(frozen=True)
+class ScoringRecipe:
+    """How generated text is scored; the options are those of `sparseq score`.
+
+    Attributes:
+        metrics: Some of "bleu", "chrf", "exact_match" and "rouge" (ROUGE-1, 2 and L; needs the extra `eval`).
+        tokenize: sacrebleu's tokenizer for BLEU: "13a" for plain text, "none" for text that is tokenised already.
+        lowercase: Ignore case in BLEU, chrF and exact match; ROUGE always does.
+        rouge_stemmer: Strip English suffixes for ROUGE.
+        rouge_tokenize: ROUGE's words: "ascii" (runs of ASCII letters and digits), or those of one of sacrebleu's
+            tokenizers, for other languages.
+    """
+
+    metrics: list[str] = field(default_factory=lambda: ["bleu", "chrf"])
+    tokenize: str = "13a"
+    lowercase: bool = False
+    rouge_stemmer: bool = False
+    rouge_tokenize: str = "ascii"
+
+    def validate_values(self) -> None:
+        """Refuse unknown metrics; the options are checked by `make`."""
+        if not self.metrics:
+            raise ValueError(f"`metrics` is empty; name some of {', '.join(METRIC_FIGURES)}")
+        for name in self.metrics:
+            if name not in METRIC_FIGURES:
+                raise ValueError(
+                    f"there is no metric `{name}`{nearest(name, METRIC_FIGURES)}; `metrics` may be some of "
+                    f"{', '.join(METRIC_FIGURES)}"
+                )
+
+    def make(self) -> "list[CorpusMetric]":
+        """The metrics.
+
+        Raises:
+            ValueError: A tokenizer is unknown, or options exclude each other.
+            ModuleNotFoundError: A metric needs a package that is not installed.
+        """
+        from sparseq.metrics.corpus import make_metrics
+
+        options = asdict(self)
+        return make_metrics(options.pop("metrics"), **options)
+
+    def options_of(self, figure: str) -> dict[str, Any]:
+        """The options that a figure such as "bleu" or "rougeL" depends on."""
+        if figure in METRIC_FIGURES["rouge"]:
+            return {"rouge_stemmer": self.rouge_stemmer, "rouge_tokenize": self.rouge_tokenize}
+        tokenizer = {"tokenize": self.tokenize} if figure == "bleu" else {}
+        return {**tokenizer, "lowercase": self.lowercase}

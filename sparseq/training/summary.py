@@ -17,11 +17,19 @@ def describe(recipe: Recipe) -> str:
     """Several lines about the model, the batches, the schedule and the data of `recipe`, for `sparseq train`.
 
     Raises:
-        ValueError: The recipe names no data or defective data, or a checkpoint that does not fit.
+        ValueError: The recipe names no data or defective data, a checkpoint that does not fit, or an unknown tokenizer
+            for its metrics.
+        ModuleNotFoundError: A metric needs a package that is not installed.
         FileNotFoundError: A data file is missing.
     """
-    decoding = f"decoding    beam {recipe.decoding.num_beams}, at most {recipe.decoding.max_length} tokens"
-    return "\n".join([*_describe_run(recipe, recipe.model_config()), decoding, *_describe_data(recipe)])
+    metrics = recipe.scoring.make()
+    lines = [
+        *_describe_run(recipe, recipe.model_config()),
+        f"lengths     at most {recipe.data.max_length:,} source and {recipe.data.longest_target:,} target tokens",
+        f"decoding    beam {recipe.decoding.num_beams}, at most {recipe.decoding.max_length} tokens",
+        *(f"scoring     {metric.name}: {', '.join(metric.figures)}, {metric.signature(1)}" for metric in metrics),
+    ]
+    return "\n".join([*lines, *_describe_data(recipe)])
 
 
 def describe_pretraining(recipe: Recipe) -> str:
@@ -136,6 +144,9 @@ def _describe_data(recipe: Recipe) -> list[str]:
         data = locate_data(recipe, Path(scratch))
         texts = read_splits(data, Store(Path(scratch) / "cache"))
         words = {split: [_words(side) for side in (text.sources, text.targets)] for split, text in texts.items()}
+        # A long side is cut, or its pair left out.
+        train, limits = texts[data.train], (data.max_length, data.longest_target)
+        used = [_words(side, limit) for side, limit in zip((train.sources, train.targets), limits, strict=True)]
     lines = []
     for split, text in texts.items():
         head, *details = str(text.report).splitlines()
@@ -143,11 +154,12 @@ def _describe_data(recipe: Recipe) -> list[str]:
         lines.append(f"data        {head}; {source_words:.1f} and {target_words:.1f} words a sentence")
         lines += [f"            {line}" for line in details]
     # Subwords are not known before the tokenizer is trained, so this is in words.
-    target_words = words[data.train][1]
-    epochs = recipe.training.max_steps * _update_tokens(recipe) / max(1, target_words)
+    counted = sum(used) if recipe.training.budget_counts == "source+target" else used[1]
+    epochs = recipe.training.max_steps * _update_tokens(recipe) / max(1, counted)
     lines.append(f"epochs      at most {epochs:,.1f} (a word has one token or more)")
     return lines
 
 
-def _words(lines: Iterable[str]) -> int:
-    return sum(len(line.split()) for line in lines)
+def _words(lines: Iterable[str], limit: int | None = None) -> int:
+    """Words of all lines, at most `limit` of each."""
+    return sum(len(line.split()[:limit]) for line in lines)

@@ -12,7 +12,8 @@ from sparseq.data.collation import TokenizedPairs, tokenize_pairs
 from sparseq.data.mixing import MixedPairs
 from sparseq.data.parallel import ParallelReport, ParallelText, join, join_reports, read_pairs
 from sparseq.data.store import Store
-from sparseq.metrics import translation_scores
+from sparseq.metrics.corpus import CorpusMetric
+from sparseq.metrics.scoring import score_predictions
 from sparseq.tokenization_sparseq import source_prefix
 from sparseq.training.evaluation import translate_batchwise
 from sparseq.training.recipes import Recipe
@@ -48,7 +49,7 @@ def locate_data(recipe: Recipe, output_dir: Path) -> DataRecipe:
         raise ValueError(
             f"recipe {recipe.name} needs {', '.join(missing)}: add, for instance, data.folder=DIR data.source=en "
             "data.target=de for files DIR/train.en, DIR/train.de, DIR/val.en, DIR/val.de; or data.dataset=..., a "
-            "dataset or a table. docs/data.md has all ways."
+            "dataset, or data.train_files=... and data.validation_files=..., tables. docs/data.md has all ways."
         )
     return data
 
@@ -120,7 +121,6 @@ def tokenize_splits(
     progress: bool,
 ) -> tuple[dict[str, TokenizedPairs | MixedPairs], dict[str, ParallelReport]]:
     """Training and validation text as ids, and the reports of all splits."""
-    limit = min(data.max_length, recipe.training.tokens_per_batch // 2)
     pairs: dict[str, TokenizedPairs | MixedPairs] = {}
     reports = {name: text.report for name, text in texts.items()}
     for split in dict.fromkeys([data.train, data.validation]):
@@ -129,7 +129,8 @@ def tokenize_splits(
             tokenize_pairs(
                 tokenizer,
                 part,
-                max_length=limit,
+                max_length=data.max_length,
+                max_target_length=data.max_target_length,
                 policy=data.policy() if is_training else data.policy().for_evaluation(),
                 source_prefix=tag_prefix(tokenizer, part.language, alone=not texts[split].parts),
                 store=store,
@@ -195,25 +196,27 @@ def translate_text(
 
 
 def score_text(
-    translations: Sequence[str], text: ParallelText, *, bootstrap: int = 0
+    translations: Sequence[str], text: ParallelText, metrics: Sequence[CorpusMetric], *, bootstrap: int = 0
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Scores of all translations, and of each language pair where there are several.
+    """Reports of all translations, and of each language pair where there are several, as `Scored.report` makes them.
 
-    BLEU and chrF over sentences of several languages mean nothing, so for several pairs the first are the means of the
-    second.
+    BLEU and the like over sentences of several languages mean nothing, so for several pairs the first are the means of
+    the second.
     """
     by_pair = {
-        name: translation_scores(translations[rows], list(part.targets), bootstrap=bootstrap)
+        name: score_predictions(translations[rows], list(part.targets), metrics, bootstrap=bootstrap)
         for name, part, rows in language_pairs(text)
     }
     if not by_pair:
-        return translation_scores(translations, list(text.targets), bootstrap=bootstrap), {}
+        return score_predictions(translations, list(text.targets), metrics, bootstrap=bootstrap).report(), {}
     several = list(by_pair.values())
-    scores: dict[str, Any] = {}
-    for metric in ("bleu", "chrf"):
-        scores[metric] = sum(one[metric] for one in several) / len(several)
-        scores[f"{metric}_signature"] = f"mean of {len(several)} language pairs, {several[0][f'{metric}_signature']}"
-    return {**scores, "sentences": len(translations)}, by_pair
+    scores: dict[str, Any] = {"sentences": len(translations)}
+    for metric in metrics:
+        for figure in metric.figures:
+            scores[figure] = sum(one.scores[figure] for one in several) / len(several)
+        signature = several[0].signatures[metric.name]
+        scores[f"{metric.name}_signature"] = f"mean of {len(several)} language pairs, {signature}"
+    return scores, {name: one.report() for name, one in by_pair.items()}
 
 
 def language_pairs(text: ParallelText) -> Iterator[tuple[str, ParallelText, slice]]:

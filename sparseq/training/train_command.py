@@ -1,17 +1,18 @@
 """`sparseq train`: train a model from a recipe."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparseq.training.recipes import Recipe
 
 _DESCRIPTION = """\
-Train a sequence-to-sequence model from a recipe, a YAML file with the sections model, tokenizer, data, training and
-decoding; start and lora, to go on from a trained model. Trains the tokenizer, trains the model on batches filled to a
-token budget, averages the last checkpoints, translates and scores the test split, and writes a folder that
-AutoModelForSeq2SeqLM.from_pretrained loads.
+Train a sequence-to-sequence model from a recipe, a YAML file with the sections model, tokenizer, data, training,
+decoding and scoring; start and lora, to go on from a trained model. Trains the tokenizer, trains the model on batches
+filled to a token budget, averages the last checkpoints, generates and scores outputs for the test split, and writes a
+folder that AutoModelForSeq2SeqLM.from_pretrained loads.
 
 An interrupted run continues from its last complete checkpoint when the same command is given again.
 """
@@ -30,6 +31,8 @@ examples:
       train on a dataset of the Hub; data.dataset may be a table or a saved dataset too
   sparseq train tiny-sparse data.folder=corpus "data.pairs=[en-de, en-fr, de-en]" data.test=test
       several language pairs in one run
+  sparseq train summarization data.train_files=train.jsonl data.validation_files=val.jsonl data.test_files=test.jsonl
+      documents and summaries, the columns "document" and "summary" of tables, scored by ROUGE
   sparseq train my-recipe.yaml training.max_steps=500 seed=2 --output outputs/trial
       a recipe of your own, with two values changed
   accelerate launch --num_processes 2 scripts/train.py tiny-sparse data.folder=... --output outputs/tiny
@@ -114,19 +117,26 @@ def run(args: argparse.Namespace) -> int:
     # Every process of a distributed run gets here; one of them speaks.
     if PartialState().is_main_process:
         for name, pair in result.language_pairs.items():
-            scores = pair["scores"]
-            print(
-                f"{name:12}BLEU {scores['bleu']:.2f}, chrF {scores['chrf']:.2f}, validation loss "
-                f"{pair['validation_loss']:.3f}"
-            )
+            figures = ", ".join(text for text, _ in _figures(pair["scores"]))
+            print(f"{name:12}{figures}, validation loss {pair['validation_loss']:.3f}")
         _report(result.scores, result.seconds, result.validation_loss)
         print(f"The model is in {output}.")
     return 0
 
 
-def _report(scores: dict[str, object], seconds: dict[str, float], validation_loss: float) -> None:
-    for name, label in (("bleu", "BLEU"), ("chrf", "chrF")):
-        interval = f" +- {scores[f'{name}_ci']:.2f}" if f"{name}_ci" in scores else ""
-        print(f"{label} {scores[name]:.2f}{interval}  ({scores[f'{name}_signature']})")
+def _report(scores: dict[str, Any], seconds: dict[str, float], validation_loss: float) -> None:
+    for text, signature in _figures(scores):
+        print(f"{text}  ({signature})")
     print(f"validation loss {validation_loss:.3f}")
     print("seconds: " + ", ".join(f"{part} {value:.1f}" for part, value in seconds.items()))
+
+
+def _figures(scores: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The figures of each metric, with intervals if there are any, and the metric's signature."""
+    from sparseq.training.sections import METRIC_FIGURES
+
+    for metric, labels in METRIC_FIGURES.items():
+        if f"{metric}_signature" in scores:
+            intervals = {name: f" +- {scores[f'{name}_ci']:.2f}" if f"{name}_ci" in scores else "" for name in labels}
+            texts = [f"{label} {scores[name]:.2f}{intervals[name]}" for name, label in labels.items()]
+            yield ", ".join(texts), scores[f"{metric}_signature"]

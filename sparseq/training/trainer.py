@@ -510,6 +510,7 @@ _SHOWN = (
     ("eval_loss", "val", ".3f"),
     ("eval_bleu", "BLEU", ".1f"),
     ("eval_chrf", "chrF", ".1f"),
+    ("eval_rougeL", "ROUGE-L", ".1f"),
     ("router/max_vio", "MaxVio", ".2f"),
     ("target_tokens_per_second", "tgt tok/s", ",.0f"),
     ("padding", "pad", ".0%"),

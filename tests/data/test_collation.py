@@ -57,6 +57,23 @@ def test_long_pairs_are_dropped_for_training_and_cut_for_evaluation(tokenizer: P
         tokenize_pairs(tokenizer, text, max_length=5, policy=Policy(too_long="refuse"))
 
 
+def test_each_side_may_have_its_own_limit(tokenizer: PreTrainedTokenizerFast) -> None:
+    # Sources of 4, 2 and 9 tokens, targets of 2, 8 and 4.
+    text = _text(["c", "a b c d e f g", "a b c"])
+    limits = {"max_length": 8, "max_target_length": 4}
+    kept, report = tokenize_pairs(tokenizer, text, **limits)
+    assert report.defects["too_long"] == Defect(2, (2, 3), "skip")
+    assert [len(kept.source_ids[0]), len(kept.target_ids[0])] == [4, 2]
+    whole, _ = tokenize_pairs(tokenizer, text, max_length=50)
+    cut, _ = tokenize_pairs(tokenizer, text, **limits, policy=Policy(too_long="truncate"))
+    end = [tokenizer.eos_token_id]
+    assert cut.source_ids == [*whole.source_ids[:2], whole.source_ids[2][:7] + end]
+    assert cut.target_ids == [whole.target_ids[0], whole.target_ids[1][:3] + end, whole.target_ids[2]]
+    message = r"more than 8 tokens in the source or more than 1 in the target \(the shortest pair has 4 and 2\)"
+    with pytest.raises(ValueError, match=message):
+        tokenize_pairs(tokenizer, text, max_length=8, max_target_length=1)
+
+
 def test_unbalanced_pairs_are_judged_by_their_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     # Ends of sentences count: 4 : 2, 2 : 4, 9 : 9 tokens.
     text = _text(["a", "a b c", "a b c d e f g h"])
@@ -108,6 +125,7 @@ def test_tokens_are_made_once_and_never_for_something_else(
     changed = [
         ids(source_prefix="<2de> "),
         ids(max_length=4),
+        ids(max_target_length=4),
         ids(policy=Policy(max_length_ratio=2.0)),
         ids(replace(text, key="other text")),
         ids(by=other),

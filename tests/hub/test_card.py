@@ -28,6 +28,8 @@ from sparseq.hub.card import (
 from sparseq.hub.folder import write_hub_folder
 from sparseq.inspection.experts import LayerLoad
 from sparseq.metrics import translation_scores
+from sparseq.metrics.corpus import make_metrics
+from sparseq.metrics.scoring import score_predictions
 
 SIGNATURE = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0"
 
@@ -224,6 +226,15 @@ def test_translation_metrics() -> None:
     assert (chrf.name, chrf.metric_id, chrf.value) == ("chrF2", "chrf", scores["chrf"])
     assert chrf.signature == scores["chrf_signature"]
     assert (bleu.dataset, bleu.dataset_id, bleu.split, bleu.examples) == ("held-out", "a/b", "test", 2)
+    report = score_predictions(["a b c"], ["a b d"], make_metrics(["rouge"])).report()
+    facts = translation_metrics(report, dataset="held-out")
+    assert [(fact.name, fact.metric_id) for fact in facts] == [
+        ("ROUGE-1", "rouge"),
+        ("ROUGE-2", "rouge"),
+        ("ROUGE-L", "rouge"),
+    ]
+    assert [fact.value for fact in facts] == [report[figure] for figure in ("rouge1", "rouge2", "rougeL")]
+    assert {fact.signature for fact in facts} == {report["rouge_signature"]}
 
 
 def test_machine_and_versions() -> None:

@@ -15,7 +15,7 @@ SIZES = ("tiny", "small", "base", "big")
 
 def test_the_promised_recipes_exist() -> None:
     promised = {f"{size}-{kind}" for size in SIZES for kind in ("dense", "sparse")}
-    promised |= {"transformer-base-2017", "transformer-big-2017", "demo", "multi30k"}
+    promised |= {"transformer-base-2017", "transformer-big-2017", "demo", "multi30k", "summarization"}
     assert promised <= set(list_recipes())
 
 
@@ -30,8 +30,6 @@ def test_each_recipe_is_valid_and_described(name: str) -> None:
     assert config.vocab_size == recipe.tokenizer.vocab_size
     assert recipe.description
     assert recipe.decoding.max_length <= (config.max_position_embeddings or math.inf)
-    # Short enough for every pair to fit a batch.
-    assert recipe.data.max_length * 2 <= recipe.training.tokens_per_batch
     assert recipe.training.warmup_steps < recipe.training.max_steps
     assert recipe.training.average_checkpoints * recipe.training.save_steps <= recipe.training.max_steps
 
@@ -89,6 +87,31 @@ def test_overrides_reach_every_section() -> None:
     assert recipe.data.folder == "a=b"
 
 
+@pytest.mark.parametrize(
+    ("counts", "lengths", "longest"),
+    [
+        ("target", ["data.max_length=9"], 9),
+        ("target", ["data.max_length=500", "data.max_target_length=7"], 7),
+        ("source+target", ["data.max_length=9"], 18),
+        ("source+target", ["data.max_length=9", "data.max_target_length=30"], 39),
+    ],
+)
+def test_a_budget_that_a_pair_could_exceed_is_refused(counts: str, lengths: list[str], longest: int) -> None:
+    changes = [f"training.budget_counts={counts}", *lengths]
+    load_recipe("tiny-sparse", [*changes, f"training.tokens_per_batch={longest}"])
+    message = rf"`training\.tokens_per_batch` \({longest - 1}\).*a pair may have {longest}: .*lower `data\.max_length`"
+    with pytest.raises(ValueError, match=message):
+        load_recipe("tiny-sparse", [*changes, f"training.tokens_per_batch={longest - 1}"])
+
+
+def test_learned_positions_must_reach_the_longest_target() -> None:
+    learned = ["model.position_embedding_type=learned", "model.max_position_embeddings=50", "data.max_length=20"]
+    learned += ["decoding.max_length=20"]
+    load_recipe("tiny-sparse", [*learned, "data.max_target_length=50"])
+    with pytest.raises(ValueError, match=r"\(50\), but .*`data\.max_target_length` 51 and `decoding\.max_length` 20"):
+        load_recipe("tiny-sparse", [*learned, "data.max_target_length=51"])
+
+
 def test_a_file_of_ones_own_is_read_by_path(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("seed: 3\ntraining:\n  max_steps: 10\n")
@@ -116,6 +139,8 @@ def test_a_recipe_survives_the_way_through_plain_values() -> None:
         ("model.d_model=130", r"`d_model` must be a multiple of `encoder_attention_heads` \(4\), but is 130"),
         ("model.vocab_size=99", "`vocab_size` follows from the tokenizer; set `tokenizer.vocab_size`"),
         ("seed=-1", "`seed` must be an integer of at least 0, but is -1"),
+        ("data.max_target_length=0", "`max_target_length` must be above 0, but is 0"),
+        ("decoding.no_repeat_ngram_size=-1", "`no_repeat_ngram_size` must not be negative, but is -1"),
         ("training=3", "`training` is a section"),
         ("training.max_steps", "must look like training.max_steps=100"),
         ("model.rope_parameters.factor=2", "has 3 parts"),
