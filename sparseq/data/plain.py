@@ -175,7 +175,7 @@ class TokenRow(Sequence[int]):
             part = self._chunks[number][start - before : stop - before]
             parts.append(part)
             start, number = start + len(part), number + 1
-        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0, dtype=np.int32)])
 
 
 @dataclass(frozen=True)
