@@ -147,6 +147,8 @@ def train(
                 max_length=data.max_length,
                 progress=progress,
             )
+        # What sources are cut to, here and by whoever uses the model.
+        tokenizer.model_max_length = data.max_length
     with state.main_process_first(), watch.part("tokenization"):
         pairs, reports = tokenize_splits(recipe, data, texts, tokenizer, store, progress=shows)
         if state.is_main_process:

@@ -89,6 +89,22 @@ def test_the_command_scores_the_table_as_the_run_did(finished: TrainResult, tabl
     assert outputs.read_text(encoding="utf-8").splitlines() != finished.translations
 
 
+def test_a_fine_tuned_model_cuts_documents_where_its_run_did(
+    finished: TrainResult, table: Path, tmp_path: Path
+) -> None:
+    files = [f"data.train_files={table / 'train.jsonl'}", f"data.validation_files={table / 'val.jsonl'}"]
+    columns = ["data.source_column=document", "data.target_column=summary", f"start.checkpoint={finished.output_dir}"]
+    training = ["training.max_steps=1", "training.save_steps=1", "training.eval_steps=0", "training.warmup_steps=0"]
+    training += ["training.average_checkpoints=1", "scoring.metrics=[rouge]", "data.max_length=30"]
+    recipe = load_recipe("finetune", [*files, *columns, *training, "decoding.num_beams=1", "decoding.max_length=14"])
+    result = train(recipe, tmp_path / "out", progress=False)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 30
+    data = ["--data", str(table / "val.jsonl"), "--source-column", "document", "--target-column", "summary"]
+    outputs = ["--metrics", "rouge", "--translations", str(tmp_path / "out.txt")]
+    assert main(["score", str(tmp_path / "out"), *data, *outputs]) == 0
+    assert (tmp_path / "out.txt").read_text(encoding="utf-8").splitlines() == result.translations
+
+
 def test_no_three_tokens_come_twice(finished: TrainResult) -> None:
     model = AutoModelForSeq2SeqLM.from_pretrained(finished.output_dir).eval()
     tokenizer = AutoTokenizer.from_pretrained(finished.output_dir)
