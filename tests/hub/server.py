@@ -271,7 +271,8 @@ class _Handler(BaseHTTPRequestHandler):
             # One answer for both: whether a private repository exists is not for everybody to know.
             raise Refusal(401 if user is None else 404, "Repository not found", "RepoNotFound")
         if write and user is None:
-            raise Refusal(401, "Invalid username or password.")
+            # The client takes a 401 from an https address for a repository it may not see; from http it must be told.
+            raise Refusal(401, "Invalid username or password.", "RepoNotFound")
         if write and user != repository.owner:
             raise Refusal(403, f"Forbidden: you must have write access to {repo}")
         if content and repository.gated and not admitted:
