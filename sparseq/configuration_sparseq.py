@@ -2,14 +2,26 @@
 """Configuration of Sparseq: everything that decides the architecture, and nothing that belongs to generation."""
 
 import math
+import re
+from collections.abc import Mapping
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 
 if TYPE_CHECKING:
     from transformers.distributed import DistributedConfig
+
+# `sparseq.__version__`, which the copy of this file in a model's folder cannot ask for.
+SPARSEQ_VERSION = "0.1.0"
+# What the fields and the weights mean. Raised when a field changes its meaning, or a weight its name, shape or order,
+# so that earlier versions refuse what they would misread; `from_dict` must then translate what they have written.
+FORMAT_VERSION = 1
+_FIRST_RELEASE = "0.1.0"
+# Of the library, in no class attribute of `PreTrainedConfig`.
+_LIBRARY_FIELDS = ("auto_map", "tokenizer_class", "quantization_config")
 
 
 @strict
@@ -90,6 +102,7 @@ class SparseqConfig(PreTrainedConfig):
     Raises:
         huggingface_hub.errors.StrictDataclassError: for a field of a wrong type, a value out of range, or fields that
             contradict each other.
+        ValueError: for what a newer Sparseq has written and this one would misread.
 
     Example:
 
@@ -191,6 +204,7 @@ class SparseqConfig(PreTrainedConfig):
     output_router_logits: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _check_written_by({name: kwargs.pop(name) for name in ("format_version", "sparseq_version") if name in kwargs})
         if self.encoder_num_key_value_heads is None:
             self.encoder_num_key_value_heads = self.encoder_attention_heads
         if self.decoder_num_key_value_heads is None:
@@ -200,6 +214,46 @@ class SparseqConfig(PreTrainedConfig):
         if self.expert_ffn_dim is None:
             self.expert_ffn_dim = max(1, self.encoder_ffn_dim // max(1, self.num_experts_per_tok))
         super().__post_init__(**kwargs)
+
+    @property
+    def format_version(self) -> int:
+        """Version of the format that this configuration is saved in. One that was loaded is of the present format."""
+        return FORMAT_VERSION
+
+    @property
+    def sparseq_version(self) -> str:
+        """Version of Sparseq that this configuration is saved by, for messages."""
+        return SPARSEQ_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, and `format_version` and `sparseq_version`, as plain values."""
+        versions = {name: getattr(self, name) for name in ("format_version", "sparseq_version")}
+        return {**super().to_dict(), **versions}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        As the library's, for what this version of Sparseq or an earlier one has written.
+
+        Raises:
+            ValueError: if a newer version has written it, in a later format, with fields that this one does not know
+                or values that it does not take. The message names both versions and the way out.
+        """
+        where = str(kwargs.get("name_or_path") or config_dict.get("_name_or_path") or "")
+        newer = _check_written_by(config_dict, where)
+        known = {*cls.attribute_map, *_LIBRARY_FIELDS}
+        unknown = sorted(
+            name for name in config_dict if not (hasattr(cls, name) or name in known or name.startswith("_"))
+        )
+        if newer and unknown:
+            raise ValueError(_needs_newer(config_dict, where, f"has fields unknown here ({', '.join(unknown)})"))
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            if not newer:
+                raise
+            reason = "has values unknown here (" + str(error).splitlines()[-1].strip() + ")"
+            raise ValueError(_needs_newer(config_dict, where, reason)) from error
 
     def sparse_layers(self, stack: Literal["encoder", "decoder"]) -> list[int]:
         """Indices of the layers of `stack` whose feed-forward is a mixture of experts."""
@@ -456,6 +510,47 @@ class SparseqConfig(PreTrainedConfig):
                 f"`activation_function` '{self.activation_function}' has parameters of its own, which stacked experts "
                 "cannot hold; choose one without, such as 'relu', 'gelu' or 'silu'"
             )
+
+
+def _check_written_by(fields: Mapping[str, Any], where: str = "") -> bool:
+    """
+    Check `format_version` and `sparseq_version`, where `fields` has them; returns whether a newer Sparseq wrote them.
+
+    Raises:
+        ValueError: if one is no version, or the format is a later one.
+    """
+    # Written before there were these fields.
+    written, version = fields.get("format_version", 1), fields.get("sparseq_version", _FIRST_RELEASE)
+    if not isinstance(written, int) or isinstance(written, bool) or written < 1:
+        raise ValueError(f"`format_version` must be a whole number of at least 1, but is {written!r}")
+    if not isinstance(version, str) or _release(version) is None:
+        raise ValueError(f'`sparseq_version` must be a version such as "{SPARSEQ_VERSION}", but is {version!r}')
+    if written > FORMAT_VERSION:
+        raise ValueError(_needs_newer(fields, where, f"is in format {written}"))
+    return _release(version) > _release(SPARSEQ_VERSION)
+
+
+def _release(version: str) -> tuple[int, int, int] | None:
+    """The numbers of a version; what may follow them, as in "1.0.0rc1", does not count."""
+    match = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)(?:[.a-z+-][\w.+]*)?", version)
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
+
+
+def _needs_newer(fields: Mapping[str, Any], where: str, reason: str) -> str:
+    by = f"Sparseq {fields['sparseq_version']}" if "sparseq_version" in fields else "a newer Sparseq"
+    facts = (
+        f"{where or 'This configuration'} {reason}, written by {by}, but this is Sparseq {SPARSEQ_VERSION}, which "
+        f"reads formats up to {FORMAT_VERSION}. "
+    )
+    if __name__.partition(".")[0] == "sparseq":
+        return facts + (
+            "Update it: `pip install -U sparseq`. Or run the code that came with the model: in a process that does "
+            "not import sparseq, load with `trust_remote_code=True`."
+        )
+    return facts + (
+        "The code beside a configuration must be of the same version: load both at one revision (`code_revision` may "
+        "name another), or `pip install -U sparseq` and import it."
+    )
 
 
 __all__ = ["SparseqConfig"]

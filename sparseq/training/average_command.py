@@ -31,8 +31,8 @@ _NOTE = "averaging.json"
 # Fields of a configuration that may differ between checkpoints of one architecture, since a trained model computes the
 # same with any value.
 _FREE_FIELD = re.compile(
-    "transformers_version|_name_or_path|auto_map|.*dtype|use_cache|.*dropout|.*layerdrop|label_smoothing|.*_loss_coef|"
-    "router_jitter_noise|expert_output_masking|init.*|.*_checkpointing|_.*_implementation"
+    "transformers_version|sparseq_version|_name_or_path|auto_map|.*dtype|use_cache|.*dropout|.*layerdrop|"
+    "label_smoothing|.*_loss_coef|router_jitter_noise|expert_output_masking|init.*|.*_checkpointing|_.*_implementation"
 )
 
 
