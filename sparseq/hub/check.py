@@ -1,0 +1,385 @@
+"""Whether a folder is ready for the Hub: what it holds and what it lacks, found by reading, never by executing.
+
+`sparseq.hub.alone` is the other half of the check: it loads what would be uploaded where this package is missing.
+"""
+
+import ast
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from safetensors import SafetensorError, safe_open
+from transformers.dynamic_module_utils import get_relative_imports
+
+from sparseq.hub.card import check_card
+from sparseq.hub.contents import LARGEST, Entry, format_size, read_contents
+from sparseq.modeling_sparseq import AUTO_MAP
+
+Kind = Literal["model", "adapter"]
+
+SAVE_AGAIN = "save the model again with `save_pretrained`"
+
+_INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_REFERENCE = re.compile(r"(?P<module>[A-Za-z_]\w*)\.(?P<name>[A-Za-z_]\w*)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderCheck:
+    """What a folder that is to be uploaded holds and lacks.
+
+    Attributes:
+        folder: The folder.
+        kind: A whole model, or an adapter of PEFT that needs its base model.
+        entries: Every file, and what becomes of it.
+        problems: Why it cannot be uploaded, a sentence each; empty if it can.
+        notes: What is worth knowing, but stops nothing.
+        auto_class: The auto class that loads the model (of an adapter: its base model).
+        base_model: Of an adapter: what it was trained on.
+        base_revision: Of an adapter: the revision of that, if it names one.
+        grows_vocabulary: Of an adapter: its tokenizer has tokens that the base model has no rows for.
+    """
+
+    folder: Path
+    kind: Kind
+    entries: tuple[Entry, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    auto_class: str = "AutoModelForSeq2SeqLM"
+    base_model: str | None = None
+    base_revision: str | None = None
+    grows_vocabulary: bool = False
+
+    @property
+    def uploads(self) -> list[Entry]:
+        """What would be uploaded."""
+        return [entry for entry in self.entries if entry.fate == "upload"]
+
+    @property
+    def size(self) -> int:
+        """Bytes that would be uploaded."""
+        return sum(entry.size for entry in self.uploads)
+
+    def require_ready(self) -> None:
+        """
+        Raises:
+            ValueError: There are problems; the message lists them.
+        """
+        if self.problems:
+            listed = "".join(f"\n  - {problem}" for problem in self.problems)
+            raise ValueError(f"{self.folder} is not ready for the Hub:{listed}")
+
+
+def check_folder(folder: str | os.PathLike[str]) -> FolderCheck:
+    """Check a folder that is to be uploaded, by reading its files.
+
+    A model's folder must have config.json with an `auto_map` for every auto class, every code file that it leads to,
+    sound safetensors and no other weights, a tokenizer that loads without trust, generation_config.json if the model
+    generates, and a valid README.md. An adapter's must have what PEFT writes, a base model that others can load, and
+    a valid README.md.
+
+    Args:
+        folder: A folder that `write_hub_folder`, `save_pretrained`, a Trainer or `sparseq train` has written.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It holds neither a model nor an adapter.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    kinds = [name for name in ("config.json", "adapter_config.json") if (folder / name).is_file()]
+    if not kinds:
+        inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+        hint = f"; did you mean {folder / inside[0]}?" if inside else ""
+        raise ValueError(f"{folder} has neither config.json nor adapter_config.json, so it holds no model{hint}")
+    return _Reading(folder, "model" if "config.json" in kinds else "adapter").check(both=len(kinds) == 2)
+
+
+@dataclass
+class _Reading:
+    """A check in progress: what was read, and what was found wrong."""
+
+    folder: Path
+    kind: Kind
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def check(self, *, both: bool) -> FolderCheck:
+        if both:
+            self.problems.append(
+                "config.json and adapter_config.json are both there, so transformers would load the adapter upon "
+                "another model: push model and adapter from folders of their own"
+            )
+        card = self._card()
+        code: set[str] = set()
+        details: dict[str, Any] = {}
+        if self.kind == "model":
+            config = self._json("config.json")
+            classes = self._auto_map(config)
+            code = self._code(classes)
+            details["auto_class"] = self._auto_class(config, classes)
+            self._weights()
+            self._tokenizer(config.get("vocab_size"))
+            if details["auto_class"] == "AutoModelForSeq2SeqLM":
+                self._generation_config()
+        else:
+            details = self._adapter()
+        entries = read_contents(self.folder, code=code, card=card)
+        refused = [f"{entry.path}: {entry.reason}" for entry in entries if entry.fate == "refuse"]
+        return FolderCheck(
+            folder=self.folder,
+            kind=self.kind,
+            entries=tuple(entries),
+            problems=(*self.problems, *refused),
+            notes=tuple(self.notes),
+            **details,
+        )
+
+    def _json(self, name: str, hint: str = SAVE_AGAIN) -> dict[str, Any]:
+        """The object in a JSON file; an empty one, and a problem, where there is none."""
+        path = self.folder / name
+        if not path.is_file():
+            self.problems.append(f"{name} is missing: {hint}")
+        elif path.stat().st_size <= LARGEST:
+            try:
+                content = json.loads(path.read_text("utf-8"))
+            except (ValueError, RecursionError) as error:
+                self.problems.append(f"{name} cannot be read ({error}): was its saving cut short?")
+            else:
+                if isinstance(content, dict):
+                    return content
+                self.problems.append(f"{name} holds no JSON object: {SAVE_AGAIN}")
+        return {}
+
+    def _card(self) -> str:
+        path = self.folder / "README.md"
+        if not path.is_file():
+            self.problems.append("README.md, the model card, is missing: `sparseq card` writes one")
+        elif path.stat().st_size <= LARGEST:
+            try:
+                text = path.read_text("utf-8")
+                check_card(text)
+            except (ValueError, yaml.YAMLError) as error:
+                self.problems.append(f"README.md: {' '.join(str(error).split())}")
+            else:
+                return text
+        return ""
+
+    def _auto_map(self, config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+        """Auto class to the file and the name of the class that it loads, as far as they are sound."""
+        if config and config.get("model_type") != "sparseq":
+            self.problems.append(
+                f"config.json: `model_type` is {config.get('model_type')!r}, not 'sparseq'; models of the library are "
+                "pushed with their own `push_to_hub`"
+            )
+        found = config.get("auto_map")
+        if not isinstance(found, dict):
+            if config:
+                self.problems.append(
+                    f"config.json has no `auto_map`, so nobody without sparseq could load it: {SAVE_AGAIN}"
+                )
+            return {}
+        if missing := sorted(AUTO_MAP.keys() - found.keys()):
+            self.problems.append(f"config.json: `auto_map` has no {', '.join(missing)}: {SAVE_AGAIN}")
+        classes = {}
+        for auto_class, reference in sorted(found.items()):
+            match = _REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
+            if match is None:
+                self.problems.append(
+                    f"config.json: `auto_map` says {reference!r} for {auto_class}, which names no class in a file of "
+                    f"this folder: {SAVE_AGAIN}"
+                )
+            else:
+                classes[auto_class] = (f"{match['module']}.py", match["name"])
+        return classes
+
+    def _code(self, classes: Mapping[str, tuple[str, str]]) -> set[str]:
+        """Names of the files that the `auto_map` leads to, through their imports."""
+        defined: dict[str, set[str]] = {}
+        waiting = sorted({file for file, _ in classes.values()})
+        while waiting:
+            name = waiting.pop()
+            path = self.folder / name
+            if name in defined:
+                continue
+            defined[name] = set()
+            if not path.is_file():
+                self.problems.append(f"{name} is missing, which the model's code needs: {SAVE_AGAIN}")
+                continue
+            try:
+                tree = ast.parse(path.read_bytes(), filename=name)
+                # What the library will look for, and copy beside the file, when it loads the model.
+                waiting += [f"{module}.py" for module in get_relative_imports(path)]
+            except (SyntaxError, ValueError, RecursionError) as error:
+                self.problems.append(f"{name} is not Python ({error}): was its saving cut short?")
+                continue
+            defined[name] = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+            self.problems += [f"{name} {complaint}" for complaint in _bad_imports(tree)]
+            self._compare(path)
+        for auto_class, (file, name) in classes.items():
+            if defined[file] and name not in defined[file]:
+                self.problems.append(f"{file} has no class {name}, which `auto_map` names for {auto_class}")
+        return set(defined)
+
+    def _compare(self, path: Path) -> None:
+        ours = Path(__file__).parents[1] / path.name
+        if path.name in {f"{reference.partition('.')[0]}.py" for reference in AUTO_MAP.values()} and (
+            path.read_bytes() != ours.read_bytes()
+        ):
+            self.notes.append(
+                f"{path.name} is not the one of this sparseq: another version saved it, or it was edited"
+            )
+
+    def _auto_class(self, config: Mapping[str, Any], classes: Mapping[str, tuple[str, str]]) -> str:
+        """The auto class of the model that was saved."""
+        architectures = config.get("architectures")
+        if not isinstance(architectures, list) or not architectures:
+            if config:
+                self.problems.append(f"config.json has no `architectures`, which says what it is: {SAVE_AGAIN}")
+            return "AutoModelForSeq2SeqLM"
+        for auto_class, (_, name) in classes.items():
+            if name == architectures[0]:
+                return auto_class
+        self.problems.append(
+            f"config.json: no auto class in `auto_map` loads {architectures[0]!r}, the first of `architectures`"
+        )
+        return "AutoModelForSeq2SeqLM"
+
+    def _weights(self) -> None:
+        shards = sorted(path.name for path in self.folder.glob("model-*.safetensors") if path.is_file())
+        has_index, has_whole = (self.folder / _INDEX).is_file(), (self.folder / "model.safetensors").is_file()
+        if has_whole:
+            self._tensors("model.safetensors")
+            if has_index or shards:
+                others = ", ".join([*([_INDEX] if has_index else []), *shards])
+                self.problems.append(
+                    f"model.safetensors has all weights, so {others} must be of another save: remove what is old"
+                )
+        elif has_index:
+            self._sharded_weights(shards)
+        else:
+            self.problems.append(f"model.safetensors is missing: {SAVE_AGAIN}")
+
+    def _sharded_weights(self, found: list[str]) -> None:
+        weight_map = self._json(_INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            self.problems.append(f"{_INDEX} has no `weight_map`: {SAVE_AGAIN}")
+            return
+        for shard in sorted(set(map(str, weight_map.values()))):
+            wanted = {tensor for tensor, place in weight_map.items() if place == shard}
+            if not _SHARD.fullmatch(shard):
+                self.problems.append(f"{_INDEX} names {shard!r}, which is no shard of this folder: {SAVE_AGAIN}")
+            elif shard not in found:
+                self.problems.append(f"{shard} is missing, which {_INDEX} names: {SAVE_AGAIN}")
+            elif (tensors := self._tensors(shard)) is not None and tensors != wanted:
+                example = sorted(tensors ^ wanted)[0]
+                self.problems.append(f"{shard} and {_INDEX} do not agree on {example}: {SAVE_AGAIN}")
+        if strangers := sorted(set(found) - set(weight_map.values())):
+            self.problems.append(f"{', '.join(strangers)}: no shard that {_INDEX} names; remove what is old")
+
+    def _tensors(self, name: str) -> set[str] | None:
+        """The names of a file's tensors; None, and a problem, if it is not sound."""
+        try:
+            # Compares the header with the file's size; no weights are read.
+            with safe_open(self.folder / name, framework="numpy") as file:
+                return set(file.keys())
+        except (SafetensorError, OSError) as error:
+            self.problems.append(f"{name} is damaged or cut short ({error}): {SAVE_AGAIN}")
+            return None
+
+    def _tokenizer(self, vocab_size: Any) -> None:
+        hint = "save the tokenizer into the folder with its `save_pretrained`"
+        tokenizer, settings = self._json("tokenizer.json", hint), self._json("tokenizer_config.json", hint)
+        if "auto_map" in settings:
+            self.problems.append(
+                "tokenizer_config.json has an `auto_map`, so the tokenizer would not load without trust: remove it"
+            )
+        highest = max(_token_ids(tokenizer), default=-1)
+        if isinstance(vocab_size, int) and highest >= vocab_size:
+            self.problems.append(
+                f"tokenizer.json has the token id {highest}, but the model's `vocab_size` is {vocab_size}: is it the "
+                "tokenizer of this model?"
+            )
+
+    def _generation_config(self) -> None:
+        generation = self._json("generation_config.json")
+        if generation and not generation.keys() & {"max_length", "max_new_tokens"}:
+            self.notes.append(
+                "generation_config.json sets no `max_length`, so generate() will stop after 20 tokens unless told "
+                "otherwise"
+            )
+
+    def _adapter(self) -> dict[str, Any]:
+        config = self._json("adapter_config.json")
+        base = config.get("base_model_name_or_path")
+        if not base:
+            self.problems.append("adapter_config.json does not say `base_model_name_or_path`, which others must load")
+        elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) or base.startswith(".") or Path(base).exists():
+            self.problems.append(
+                f"adapter_config.json: the base model {base!r} is a folder of this machine. Push it first, and write "
+                "its id on the Hub into `base_model_name_or_path`; or push the merged model in place of the adapter"
+            )
+        if config and not config.get("peft_type"):
+            self.problems.append("adapter_config.json does not say `peft_type`: save it with `save_pretrained`")
+        if (self.folder / "adapter_model.safetensors").is_file():
+            self._tensors("adapter_model.safetensors")
+        else:
+            self.problems.append("adapter_model.safetensors is missing: save it with `save_pretrained`")
+        if (self.folder / "tokenizer.json").is_file():
+            self._tokenizer(None)
+        return {
+            "auto_class": _auto_class_of_base(config),
+            "base_model": base,
+            "base_revision": config.get("revision"),
+            "grows_vocabulary": bool(config.get("trainable_token_indices")),
+        }
+
+
+def _auto_class_of_base(adapter: Mapping[str, Any]) -> str:
+    mapping = adapter.get("auto_mapping")
+    base_class = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    found = (name for name, reference in AUTO_MAP.items() if reference.partition(".")[2] == base_class)
+    return next(found, "AutoModelForSeq2SeqLM")
+
+
+def _bad_imports(tree: ast.Module) -> Iterator[str]:
+    """Imports that work here, but not in the copy of the file that the library makes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            if node.level > 1 or not node.module or "." in node.module:
+                text = ast.unparse(node).partition(" import ")[0]
+                yield f"has `{text} import`; the library copies files of the same folder only, for `from .file import`"
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
+            if any(module.partition(".")[0] == "sparseq" for module in modules):
+                yield "imports sparseq, which others may not have: import from the file beside it"
+
+
+def _token_ids(tokenizer: Mapping[str, Any]) -> Iterator[int]:
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        yield from (number for number in vocabulary.values() if isinstance(number, int))
+    elif isinstance(vocabulary, list):
+        yield len(vocabulary) - 1
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict) and isinstance(token.get("id"), int):
+            yield token["id"]
+
+
+def describe_contents(check: FolderCheck) -> list[str]:
+    """The files as a table: what is uploaded with its size, what is left out and what is refused with the reason."""
+    width = max((len(entry.path) for entry in check.entries), default=0)
+    lines = []
+    for fate, title in (("upload", "to upload"), ("leave out", "left out"), ("refuse", "refused")):
+        entries = [entry for entry in check.entries if entry.fate == fate]
+        if entries:
+            lines.append(f"{title}: {len(entries)} entries, {format_size(sum(entry.size for entry in entries))}")
+        lines += [f"  {entry.path:<{width}}  {format_size(entry.size):>7}  {entry.reason}" for entry in entries]
+    return lines
