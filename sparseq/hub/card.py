@@ -16,14 +16,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from sparseq import __version__
 from sparseq.configuration_sparseq import SparseqConfig
+from sparseq.hub.card_check import check_card as check_card
 from sparseq.inspection.experts import LayerLoad, format_expert_load
 from sparseq.resources import resource_path
 from sparseq.tokenization_sparseq import language_tag
 
 Task = Literal["translation", "summarization"]
-
-# What the Hub's front page of a model can say about a Sparseq model; "text2text-generation" it no longer knows.
-PIPELINE_TAGS = ("translation", "summarization", "text-generation", "feature-extraction")
 
 _SEQ2SEQ = "SparseqForConditionalGeneration"
 _ENCODER = "SparseqEncoderModel"
@@ -59,6 +57,7 @@ class DataFacts:
         description: A sentence about it.
         examples: Number of training examples.
         license: Its license.
+        sha256: Name of each of its files to its hash.
     """
 
     name: str
@@ -67,6 +66,7 @@ class DataFacts:
     description: str | None = None
     examples: int | None = None
     license: str | None = None
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,9 @@ class MetricFacts:
         signature: What makes the score reproducible (sacrebleu's signature).
         dataset: Name of the test set.
         dataset_id: Its id on the Hub. Only scores that have one go into the metadata (model-index).
+        dataset_config: Its configuration, where it has several.
+        task_id: Where the dataset is a benchmark of the Hub, the task of its eval.yaml that the score is for: the
+            score then goes to `.eval_results/` too.
         split: The split.
         examples: Number of test examples.
     """
@@ -92,8 +95,31 @@ class MetricFacts:
     interval: float | None = None
     signature: str | None = None
     dataset_id: str | None = None
+    dataset_config: str | None = None
+    task_id: str | None = None
     split: str | None = None
     examples: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFacts:
+    """What is known about a PEFT adapter besides the model that it adapts.
+
+    Attributes:
+        kind: PEFT's name of the method, such as "LORA".
+        rank: Rank of its updates.
+        alpha: The updates are scaled by alpha / rank.
+        parameters: Number of its parameters.
+        base_revision: Commit of the Hub that it was trained on.
+        grows_vocabulary: It has rows for tokens that the model it adapts does not know.
+    """
+
+    kind: str = "LORA"
+    rank: int | None = None
+    alpha: float | None = None
+    parameters: int | None = None
+    base_revision: str | None = None
+    grows_vocabulary: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +130,19 @@ class CardFacts:
         model_name: Title of the card.
         task: Taken for "translation" where source and target language are known.
         source_language, target_language: Language codes, such as "en" or "zho_Hans".
-        languages: All languages of the model, if these are not just the source and the target.
+        target_languages: Where there are several target languages: all of them.
+        languages: All languages of the model, for the metadata; None means source and target.
         license: License of the weights, by its Hub identifier, such as "apache-2.0".
-        base_model: Hub id of the model that this one was made from.
+        base_model: Hub id of the model that this one was made from, or, of an adapter, the model that it adapts.
+        adapter: What is known about the adapter, if the folder holds one. The configuration is then that of the model
+            that it adapts.
         tags: Further tags of the metadata.
         data: Training corpora.
         recipe_name: Name of the training recipe.
         recipe: The recipe as plain values; written as YAML.
         steps: Optimizer updates.
+        averaged: Number of checkpoints that the weights are the mean of.
+        validation_loss: Cross-entropy per target token on held-out text.
         seed: Seed of the training run.
         seconds: Duration of the training in seconds.
         hardware: What it ran on.
@@ -130,14 +161,18 @@ class CardFacts:
     task: Task | None = None
     source_language: str | None = None
     target_language: str | None = None
-    languages: Sequence[str] = ()
+    target_languages: Sequence[str] = ()
+    languages: Sequence[str] | None = None
     license: str | None = None
     base_model: str | None = None
+    adapter: AdapterFacts | None = None
     tags: Sequence[str] = ()
     data: Sequence[DataFacts] = ()
     recipe_name: str | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
     steps: int | None = None
+    averaged: int | None = None
+    validation_loss: float | None = None
     seed: int | None = None
     seconds: float | None = None
     hardware: str | None = None
@@ -153,7 +188,12 @@ class CardFacts:
 
 
 def translation_metrics(
-    scores: Mapping[str, Any], *, dataset: str, dataset_id: str | None = None, split: str | None = None
+    scores: Mapping[str, Any],
+    *,
+    dataset: str,
+    dataset_id: str | None = None,
+    dataset_config: str | None = None,
+    split: str | None = None,
 ) -> list[MetricFacts]:
     """What the card says of scores, from a report of `sparseq.metrics.scoring.Scored`, such as those of a run."""
     return [
@@ -165,6 +205,7 @@ def translation_metrics(
             signature=scores.get(f"{metric}_signature"),
             dataset=dataset,
             dataset_id=dataset_id,
+            dataset_config=dataset_config,
             split=split,
             examples=scores.get("sentences"),
         )
@@ -198,8 +239,8 @@ def render_card(config: SparseqConfig, facts: CardFacts | None = None) -> str:
     """Fill the template `model_card.md`.
 
     Args:
-        config: Configuration of the model; its `architectures`, which saving sets, say what kind of model it is (a
-            sequence-to-sequence model where they say nothing).
+        config: Configuration of the model, or of the one that an adapter adapts; its `architectures`, which saving
+            sets, say what kind of model it is (a sequence-to-sequence model where they say nothing).
         facts: What else is known.
 
     Returns:
@@ -217,9 +258,9 @@ def render_card(config: SparseqConfig, facts: CardFacts | None = None) -> str:
         title=_title(config, facts),
         summary=_summary(kind, config, facts),
         code=_code(kind, facts),
-        uses_tag=bool(facts.target_language and (facts.example or "").startswith(language_tag(facts.target_language))),
+        tagged_languages=_tagged_languages(facts),
         facts=facts,
-        architecture=_architecture(kind, config, facts),
+        architecture=_architecture(kind, config, facts) + _adapter_rows(facts.adapter),
         training=_training(facts),
         recipe=_yaml(facts.recipe) if facts.recipe else "",
         expert_load=format_expert_load(facts.expert_load) if facts.expert_load else "",
@@ -228,69 +269,13 @@ def render_card(config: SparseqConfig, facts: CardFacts | None = None) -> str:
         citation="\n\n".join([_CITATION, facts.citation.strip()] if facts.citation else [_CITATION]),
         evaluation=[_evaluation_row(metric) for metric in facts.metrics],
         data=[_describe_data(data) for data in facts.data],
+        hashes=[f"{sha256}  {name}" for data in facts.data for name, sha256 in data.sha256.items()],
         row=_table_row,
     )
     # Facts that are left out leave empty lines behind.
     text = re.sub(r"\n{3,}", "\n\n", card.content).rstrip() + "\n"
     check_card(text)
     return text
-
-
-def check_card(text: str) -> None:
-    """Refuse a card whose metadata the Hub would refuse, or whose text shows that something was not filled in.
-
-    Raises:
-        ValueError: Everything that is wrong, named by its key and value.
-    """
-    data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-    match = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
-    # The parsed card drops nulls and hides model-index in `eval_results`: these are read from the text.
-    raw = yaml.safe_load(match[1]) if match else None
-    if not isinstance(raw, dict):
-        raise ValueError("The model card has no metadata: it must begin with a block of YAML between two lines `---`.")
-    problems = [f"{path} is null" for path in _nulls(raw, "")]
-    problems += [f"`{name}` is missing" for name in ("library_name", "tags") if name not in raw]
-    languages = raw.get("language", [])
-    for code in [languages] if isinstance(languages, str) else languages:
-        if not re.fullmatch(r"[a-z]{2,3}|multilingual|code", str(code)):
-            problems.append(f"`language` {code!r} is no ISO 639 code of two or three letters")
-    tag = data.get("pipeline_tag")
-    if tag is not None and tag not in PIPELINE_TAGS:
-        problems.append(f"`pipeline_tag` {tag!r} is not one of {', '.join(PIPELINE_TAGS)}")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", str(raw.get("license", "other"))):
-        problems.append(f"`license` {raw['license']!r} is not a Hub identifier such as 'apache-2.0' or 'cc-by-4.0'")
-    for key in ("datasets", "base_model"):
-        for name in [raw[key]] if isinstance(raw.get(key), str) else raw.get(key, []):
-            if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-                problems.append(f"`{key}` {name!r} is not a Hub id such as 'user/name'")
-    problems += _model_index_problems(raw.get("model-index", []))
-    if problems:
-        raise ValueError("The model card is not valid: " + "; ".join(problems) + ".")
-
-
-def _nulls(value: Any, path: str) -> list[str]:
-    if value is None:
-        return [f"`{path}`"]
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for key, item in items for found in _nulls(item, f"{path}.{key}" if path else str(key))]
-
-
-def _model_index_problems(model_index: Sequence[Mapping[str, Any]]) -> list[str]:
-    problems = []
-    for entry in model_index:
-        if not entry.get("name"):
-            problems.append("a `model-index` entry has no `name`")
-        for result in entry.get("results", []):
-            needed = [("task", "type"), ("dataset", "type"), ("dataset", "name")]
-            problems += [
-                f"a `model-index` result has no `{section}.{key}`"
-                for section, key in needed
-                if not result.get(section, {}).get(key)
-            ]
-            metrics = result.get("metrics")
-            if not metrics or any("type" not in metric or "value" not in metric for metric in metrics):
-                problems.append("a `model-index` result has no metric with `type` and `value`")
-    return problems
 
 
 def _task(facts: CardFacts) -> Task | None:
@@ -301,12 +286,15 @@ def _task(facts: CardFacts) -> Task | None:
 
 def _metadata(kind: str, config: SparseqConfig, facts: CardFacts) -> ModelCardData:
     task = _task(facts)
-    languages = list(facts.languages) or [x for x in (facts.source_language, facts.target_language) if x]
+    languages = facts.languages
+    if languages is None:
+        languages = [language for language in (facts.source_language, facts.target_language) if language]
     results = [
         EvalResult(
             task_type=task,
             dataset_type=metric.dataset_id,
             dataset_name=metric.dataset,
+            dataset_config=metric.dataset_config,
             dataset_split=metric.split,
             metric_type=metric.metric_id,
             metric_name=metric.name,
@@ -315,17 +303,18 @@ def _metadata(kind: str, config: SparseqConfig, facts: CardFacts) -> ModelCardDa
         for metric in facts.metrics
         if task and metric.dataset_id
     ]
-    tags = ["sparseq", *(["mixture-of-experts"] if config.num_experts else []), *facts.tags]
+    tags = ["sparseq", *(["mixture-of-experts"] if config.num_experts else [])]
+    tags += [facts.adapter.kind.lower()] if facts.adapter else []
     return ModelCardData(
         # The Hub wants ISO 639 codes: "zho", not "zho_Hans".
         language=_unique(re.split("[-_]", language)[0] for language in languages) or None,
         license=facts.license,
-        library_name="transformers",
+        library_name="peft" if facts.adapter else "transformers",
         pipeline_tag=task if kind == _SEQ2SEQ else "feature-extraction",
         base_model=facts.base_model,
         datasets=_unique(data.hub_id for data in facts.data if data.hub_id) or None,
         metrics=_unique(metric.metric_id for metric in facts.metrics) or None,
-        tags=_unique(tags),
+        tags=_unique([*tags, *facts.tags]),
         eval_results=results or None,
         model_name=_title(config, facts) if results else None,
     )
@@ -358,6 +347,8 @@ def _summary(kind: str, config: SparseqConfig, facts: CardFacts) -> str:
         kind, "encoder-decoder Transformer without an output projection"
     )
     sentence = f"A {'sparse' if config.num_experts else 'dense'} {what}"
+    if facts.adapter:
+        sentence = f"{_adapter_name(facts.adapter)} adapter for a{sentence[1:]}"
     task = _task(facts)
     if task == "translation" and facts.source_language and facts.target_language:
         sentence += f" for translation from `{facts.source_language}` to `{facts.target_language}`"
@@ -371,6 +362,25 @@ def _summary(kind: str, config: SparseqConfig, facts: CardFacts) -> str:
     return sentence + (f", of which each token uses {_millions(active)}." if active < total else ".")
 
 
+def _adapter_name(adapter: AdapterFacts) -> str:
+    return {"LORA": "LoRA"}.get(adapter.kind, adapter.kind)
+
+
+def _adapter_rows(adapter: AdapterFacts | None) -> list[tuple[str, str]]:
+    if adapter is None:
+        return []
+    scale = f", scaled by {adapter.alpha:g} / {adapter.rank}" if adapter.alpha and adapter.rank else ""
+    rows = [("adapter", _adapter_name(adapter) + (f" of rank {adapter.rank}{scale}" if adapter.rank else ""))]
+    return rows + ([("parameters of the adapter", f"{adapter.parameters:,}")] if adapter.parameters else [])
+
+
+def _tagged_languages(facts: CardFacts) -> list[str]:
+    """Target languages, if they are asked for by tags: the example has one then."""
+    languages = list(facts.target_languages) or ([facts.target_language] if facts.target_language else [])
+    example = facts.example or ""
+    return languages if any(example.startswith(language_tag(language)) for language in languages) else []
+
+
 def _millions(number: int) -> str:
     return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"
 
@@ -381,7 +391,7 @@ def _code(kind: str, facts: CardFacts) -> dict[str, str]:
     load = [
         'folder = "."  # this folder, or the id of the repository on the Hub',
         "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)",
-        f"model = {auto_class}.from_pretrained(folder, trust_remote_code=True)",
+        *_load_model(auto_class, facts),
     ]
     # A JSON string is a Python string too, whatever the text holds.
     use = [f'inputs = tokenizer({json.dumps(facts.example or _EXAMPLE, ensure_ascii=False)}, return_tensors="pt")']
@@ -396,6 +406,7 @@ def _code(kind: str, facts: CardFacts) -> dict[str, str]:
         ]
     transformers = f"from transformers import {auto_class}, AutoTokenizer"
     imports = [transformers] if kind in (_SEQ2SEQ, _ENCODER) else ["import torch", transformers]
+    imports = ["from peft import PeftModel", *imports] if facts.adapter else imports
     installed = [re.sub(", trust_remote_code=(True|False)", "", line) for line in load]
     return {
         "remote": "\n".join([*imports, "", *load, *use]),
@@ -403,6 +414,26 @@ def _code(kind: str, facts: CardFacts) -> dict[str, str]:
             [*imports, "", "import sparseq  # registers the model's classes", "", *installed, *use]
         ),
     }
+
+
+def _load_model(auto_class: str, facts: CardFacts) -> list[str]:
+    """Lines that load the model; an adapter after the model that it adapts."""
+    if facts.adapter is None:
+        return [f"model = {auto_class}.from_pretrained(folder, trust_remote_code=True)"]
+    base = json.dumps(facts.base_model or "path/to/the/model")
+    revision = (
+        f', revision="{facts.adapter.base_revision}"' if facts.base_model and facts.adapter.base_revision else ""
+    )
+    return [
+        f"base = {base}  # the model that it adapts: a folder, or an id of the Hub",
+        f"model = {auto_class}.from_pretrained(base{revision}, trust_remote_code=True)",
+        *(
+            ["model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))"]
+            if facts.adapter.grows_vocabulary
+            else []
+        ),
+        "model = PeftModel.from_pretrained(model, folder).eval()",
+    ]
 
 
 def _architecture(kind: str, config: SparseqConfig, facts: CardFacts) -> list[tuple[str, str]]:
@@ -456,6 +487,8 @@ def _training(facts: CardFacts) -> list[tuple[str, str]]:
     rows = [
         ("recipe", facts.recipe_name),
         ("updates", None if facts.steps is None else f"{facts.steps:,}"),
+        ("weights", f"mean of the last {facts.averaged} checkpoints" if (facts.averaged or 1) > 1 else None),
+        ("validation loss", None if facts.validation_loss is None else f"{facts.validation_loss:.3f}"),
         ("duration", None if facts.seconds is None else _duration(facts.seconds)),
         ("hardware", facts.hardware),
         ("seed", None if facts.seed is None else str(facts.seed)),

@@ -8,8 +8,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from sparseq.configuration_sparseq import SparseqConfig
 from sparseq.hub.card import CardFacts, render_card
+from sparseq.hub.eval_results import FOLDER as EVAL_RESULTS
+from sparseq.hub.eval_results import render_eval_results
 from sparseq.modeling_sparseq import SparseqPreTrainedModel
+
+CARD = "README.md"
 
 
 def write_hub_folder(
@@ -46,18 +51,55 @@ def write_hub_folder(
     _check_tokenizer(model, tokenizer)
     # The library sets it while saving; the card needs it now, so that an invalid one costs nothing.
     model.config.architectures = [own_class.__name__]
-    readme = render_card(model.config, _with_parameters(model, card or CardFacts()))
+    files = render_card_files(model.config, _with_parameters(model, card or CardFacts()))
 
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.incomplete"
     try:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        (staging / "README.md").write_text(readme, "utf-8")
+        _write(files, staging)
         _put_in_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def render_card_files(config: SparseqConfig, facts: CardFacts) -> dict[str, str]:
+    """README.md and, for scores on benchmarks, `.eval_results/*.yaml`: path to text, all of it checked.
+
+    Raises:
+        ValueError: A fact would make them invalid.
+    """
+    return {CARD: render_card(config, facts), **render_eval_results(facts.metrics)}
+
+
+def write_card(folder: str | os.PathLike[str], config: SparseqConfig, facts: CardFacts) -> list[Path]:
+    """Write README.md and, for scores on benchmarks, `.eval_results/*.yaml` into a folder that exists.
+
+    Args:
+        folder: Where to.
+        config: Configuration of the model, or of the one that an adapter adapts.
+        facts: What else is known.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: A fact would make them invalid. Nothing is written then.
+    """
+    return _write(render_card_files(config, facts), Path(folder))
+
+
+def _write(files: dict[str, str], folder: Path) -> list[Path]:
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        # Each has its old content or all of the new one: what is pushed meanwhile is never half a card.
+        partial = path.with_name(f"_{path.name}.partial")
+        partial.write_text(text, "utf-8")
+        os.replace(partial, path)
+    return [folder / name for name in files]
 
 
 def _own_class(model: SparseqPreTrainedModel) -> type:
@@ -103,6 +145,8 @@ def _put_in_place(staging: Path, target: Path) -> None:
     stale = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "generation_config.json"]
     for path in [path for pattern in stale for path in target.glob(pattern)]:
         path.unlink()
+    # A folder can only take the place of an empty one.
+    shutil.rmtree(target / EVAL_RESULTS, ignore_errors=True)
     names = sorted(path.name for path in staging.iterdir() if path.name != "config.json")
     for name in [*names, "config.json"]:
         os.replace(staging / name, target / name)

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerState,
 )
 
+from sparseq.hub.loading import load_tokenizer
 from sparseq.training.averaging import average_checkpoints
 from sparseq.training.checkpoints import checkpoint_step, complete_checkpoints, last_complete_checkpoint
 from sparseq.training.output_folder import CHECKPOINTS, TOKENIZER
@@ -74,7 +74,7 @@ def load_or_train_tokenizer(
     """
     section = recipe.tokenizer
     if section.path is not None:
-        return AutoTokenizer.from_pretrained(section.path)
+        return load_tokenizer(section.path)
     folder = output_dir / TOKENIZER
     if not folder.is_dir():
         from sparseq.training.tokenizer import train_tokenizer
@@ -93,7 +93,7 @@ def load_or_train_tokenizer(
         partial = output_dir / f"{TOKENIZER}.partial"
         tokenizer.save_pretrained(partial)
         partial.rename(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(folder)
 
 
 def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint | None) -> Any:
@@ -131,6 +131,63 @@ def describe_model(model: Any) -> str:
     )
 
 
+def check_hub(recipe: Recipe) -> None:
+    """Notice before anything is read that a run could not be pushed: its section hub, the token, the repository.
+
+    Raises:
+        ValueError: No repository is named, or what would be pushed to it is of no use there.
+        OSError: There is no token, or the Hub cannot be reached or does not accept it.
+    """
+    hub = recipe.hub
+    if hub is None:
+        return
+    if hub.repo is None:
+        raise ValueError(f"recipe {recipe.name} has a section hub without a repository: add hub.repo=user/name")
+    checkpoint = recipe.start.checkpoint if recipe.start is not None else None
+    if recipe.lora is not None and checkpoint is not None and Path(checkpoint).is_dir():
+        raise ValueError(
+            f"recipe {recipe.name} pushes an adapter of {checkpoint}, a folder that nobody else has: push that first "
+            "(`sparseq push FOLDER REPO`) and start from its id, or leave section hub out"
+        )
+    if hub.eval_task is not None and recipe.data.dataset is None:
+        raise ValueError(
+            f"recipe {recipe.name}: `hub.eval_task` ({hub.eval_task}) is a task of a benchmark of the Hub, but "
+            "`data.dataset` names none; leave it out"
+        )
+    from sparseq.hub.upload import read_repository, require_access
+
+    require_access()
+    held = read_repository(hub.repo).files
+    other = "config.json" if recipe.lora is not None else "adapter_config.json"
+    if other in held:
+        raise ValueError(
+            f"{hub.repo} holds {'a whole model' if recipe.lora is not None else 'an adapter'} ({other}), which would "
+            "be loaded in place of what this run pushes: name another repository"
+        )
+
+
+def push_run(recipe: Recipe, output_dir: Path, *, say: Callable[[str], None]) -> None:
+    """Push the folder of a finished run, if the recipe says where to.
+
+    Raises:
+        ValueError, OSError: It could not be pushed; the folder is complete all the same.
+    """
+    if recipe.hub is None:
+        return
+    from sparseq.hub.check import check_folder
+    from sparseq.hub.upload import push_folder, read_repository
+
+    assert recipe.hub.repo is not None
+    try:
+        repository = read_repository(recipe.hub.repo)
+        pushed = push_folder(check_folder(output_dir), repository, private=bool(recipe.hub.private), say=say)
+    except (ValueError, OSError) as error:
+        raise type(error)(
+            f"{error} The run itself is finished: `sparseq push {output_dir} {recipe.hub.repo}` tries again."
+        ) from error
+    say(f"Pushed: {pushed.url}")
+
+
 def training_arguments(recipe: Recipe, output_dir: Path, d_model: int, progress: bool) -> SparseqTrainingArguments:
     """The recipe's section training, for a model of width `d_model`; checkpoints go below `output_dir`."""
     section = recipe.training
@@ -157,6 +214,7 @@ def training_arguments(recipe: Recipe, output_dir: Path, d_model: int, progress:
         logging_steps=section.logging_steps,
         disable_tqdm=not progress,
         report_to=section.report_to,
+        **_hub_arguments(recipe),
         # The best checkpoint is spared when old ones are deleted.
         metric_for_best_model=f"eval_{section.metric}" if section.selects else None,
         greater_is_better=section.metric != "loss" if section.selects else None,
@@ -169,6 +227,18 @@ def training_arguments(recipe: Recipe, output_dir: Path, d_model: int, progress:
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def _hub_arguments(recipe: Recipe) -> dict[str, Any]:
+    hub = recipe.hub
+    if hub is None:
+        return {}
+    return {
+        "push_to_hub": True,
+        "hub_model_id": hub.repo,
+        "hub_private_repo": hub.private,
+        "hub_strategy": hub.strategy,
+    }
 
 
 def train_or_resume(trainer: SparseqTrainer, recipe: Recipe, checkpoints: Path) -> int:

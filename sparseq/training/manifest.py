@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import sparseq
+from sparseq.hub.card import describe_hardware
 from sparseq.training.recipes import Recipe
 
 _VERSIONED = ("torch", "transformers", "accelerate", "tokenizers", "sacrebleu")
@@ -36,7 +37,7 @@ def manifest(
         "seed": recipe.seed,
         "vocab_size": vocab_size,
         "data": {split: dict(report) for split, report in data.items()},
-        **({"start": {"sha256": dict(start_sha256)}} if start_sha256 else {}),
+        **({"start": _start(recipe, start_sha256)} if start_sha256 else {}),
         "versions": {
             "sparseq": sparseq.__version__,
             "python": platform.python_version(),
@@ -45,10 +46,17 @@ def manifest(
         "commit": _commit(),
         "machine": {
             "platform": platform.platform(),
+            "hardware": describe_hardware(),
             "threads": torch.get_num_threads(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         },
     }
+
+
+def _start(recipe: Recipe, sha256: Mapping[str, str]) -> dict[str, Any]:
+    """The checkpoint that the run began with. Later nobody could tell an id of the Hub from the path of a folder."""
+    name = recipe.start.checkpoint if recipe.start is not None else None
+    return {"sha256": dict(sha256), **({"hub_id": name} if name and not Path(name).is_dir() else {})}
 
 
 def _commit() -> str | None:

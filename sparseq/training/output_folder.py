@@ -3,10 +3,13 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from sparseq.configuration_sparseq import SparseqConfig
+from sparseq.hub.facts import facts_of_card, facts_of_run, is_draft, merge_facts
+from sparseq.hub.folder import CARD, write_card
 from sparseq.training.checkpoints import (
     INCOMPLETE,
     complete_checkpoints,
@@ -108,13 +111,19 @@ def check_same_checkpoint(output_dir: Path, checkpoint: Checkpoint) -> dict[str,
 
 
 def publish_run(
-    output_dir: Path, write: Callable[[Path], None], *, results: Mapping[str, Any], manifest: Mapping[str, Any]
+    output_dir: Path,
+    write: Callable[[Path], None],
+    *,
+    config: SparseqConfig,
+    results: Mapping[str, Any],
+    manifest: Mapping[str, Any],
 ) -> None:
-    """Fill the folder of a finished run.
+    """Fill the folder of a finished run, so that it is ready to be pushed.
 
     Args:
         output_dir: The run's folder.
         write: Writes model, tokenizer and whatever else belongs to the run into the folder that it is given.
+        config: Configuration of the model, for its card.
         results, manifest: For `results.json` and `manifest.json`.
     """
     # Written aside and moved at the end, the results last: a folder that has them has everything.
@@ -122,12 +131,26 @@ def publish_run(
     write(folder)
     write_json(folder / RESULTS_FILE, results)
     write_json(folder / MANIFEST_FILE, manifest)
+    _write_cards(folder, config, earlier=output_dir)
     publish_files(
         folder,
         output_dir,
         last=(f"{MERGED}/config.json", "config.json", "adapter_config.json", MANIFEST_FILE, RESULTS_FILE),
         replaced="*.safetensors*",
     )
+
+
+def _write_cards(folder: Path, config: SparseqConfig, *, earlier: Path) -> None:
+    """Cards for the model or adapter in `folder` and for a merged model below it. What its owner has added to the
+    metadata of an `earlier` card, such as a license, stays, and so does a card whose text is not a program's."""
+    facts = facts_of_run(folder)
+    for place in [folder, *([folder / MERGED] if (folder / MERGED).is_dir() else [])]:
+        own = facts if place == folder else replace(facts, adapter=None)
+        card = earlier / place.relative_to(folder) / CARD
+        text = card.read_text(encoding="utf-8") if card.is_file() else ""
+        write_card(place, config, merge_facts(own, facts_of_card(text)))
+        if not is_draft(text):
+            (place / CARD).write_text(text, encoding="utf-8")
 
 
 def _decisive(recipe: dict[str, Any]) -> dict[str, Any]:

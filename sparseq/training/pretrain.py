@@ -16,9 +16,11 @@ from sparseq.data.denoising import DenoisingPairs, add_denoising_tokens, denoisi
 from sparseq.data.mixing import MixedPairs
 from sparseq.data.plain import PlainText, TextReport, TokenRow, tokenize_text
 from sparseq.data.store import Store
+from sparseq.hub.facts import run_facts
 from sparseq.training.allocator import keep_freed_memory
 from sparseq.training.fitting import (
     Stopwatch,
+    check_hub,
     check_reporter,
     describe_model,
     describe_training,
@@ -26,6 +28,7 @@ from sparseq.training.fitting import (
     load_or_train_tokenizer,
     losses_by_part,
     make_model,
+    push_run,
     train_or_resume,
     training_arguments,
 )
@@ -88,6 +91,7 @@ def pretrain(recipe: Recipe, output_dir: str | Path, *, resume: bool = True, pro
     recipe = complete_recipe(recipe)
     assert recipe.text is not None
     check_reporter(recipe.training.report_to)
+    check_hub(recipe)
     keep_freed_memory()
     # One bar for the training is enough: the library would add one for every file it writes.
     transformers.utils.logging.disable_progress_bar()
@@ -129,6 +133,9 @@ def pretrain(recipe: Recipe, output_dir: str | Path, *, resume: bool = True, pro
         data_collator=PairCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
+    reports = {report.language or _UNNAMED: report.to_dict() for *_, report in rows}
+    described = manifest(recipe, reports, vocab_size=len(tokenizer), start_sha256=start_sha256)
+    trainer.card_facts = run_facts(described, {})
     with watch.part("training"):
         steps = train_or_resume(trainer, recipe, output_dir / CHECKPOINTS)
     with watch.part("averaging"):
@@ -142,14 +149,15 @@ def pretrain(recipe: Recipe, output_dir: str | Path, *, resume: bool = True, pro
         tokenizer.save_pretrained(folder)
 
     if state.is_main_process:
-        reports = {report.language or _UNNAMED: report.to_dict() for *_, report in rows}
         results = {"recipe": recipe.name, "validation_loss": validation_loss, "languages": losses}
         publish_run(
             output_dir,
             write,
+            config=model.config,
             results={**results, **describe_training(trainer, steps, result.seconds)},
-            manifest=manifest(recipe, reports, vocab_size=len(tokenizer), start_sha256=start_sha256),
+            manifest=described,
         )
+        push_run(recipe, output_dir, say=say)
     state.wait_for_everyone()
     return result
 

@@ -20,6 +20,7 @@ from sparseq.training.sections import (
     DataRecipe,
     DecodingRecipe,
     DenoisingRecipe,
+    HubRecipe,
     LoraRecipe,
     ScoringRecipe,
     StartRecipe,
@@ -73,6 +74,7 @@ class Recipe:
         lora: The adapter to train instead of all weights; None trains them all.
         text: Plain text to pre-train on (`sparseq pretrain`), instead of the parallel text of section data.
         denoising: What is learned from it.
+        hub: Where the run is pushed to; None pushes nothing.
         seed: Seed of the weights, the order of the data and dropout.
     """
 
@@ -88,6 +90,7 @@ class Recipe:
     lora: LoraRecipe | None = None
     text: TextRecipe | None = None
     denoising: DenoisingRecipe | None = None
+    hub: HubRecipe | None = None
     seed: int = 1
 
     def model_config(self, vocab_size: int | None = None) -> SparseqConfig:
@@ -149,9 +152,10 @@ _SECTIONS: dict[str, type] = {
     "lora": LoraRecipe,
     "text": TextRecipe,
     "denoising": DenoisingRecipe,
+    "hub": HubRecipe,
 }
 # A run without them is another run than one with their defaults.
-_OPTIONAL = ("start", "lora", "text", "denoising")
+_OPTIONAL = ("start", "lora", "text", "denoising", "hub")
 
 
 def list_recipes() -> dict[str, Path]:

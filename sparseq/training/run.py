@@ -13,11 +13,13 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_see
 from sparseq.data.collation import PairCollator
 from sparseq.data.parallel import ParallelText
 from sparseq.data.store import Store
+from sparseq.hub.facts import run_facts
 from sparseq.metrics.corpus import CorpusMetric
 from sparseq.metrics.scoring import check_bootstrap
 from sparseq.training.allocator import keep_freed_memory
 from sparseq.training.fitting import (
     Stopwatch,
+    check_hub,
     check_reporter,
     describe_model,
     describe_training,
@@ -25,6 +27,7 @@ from sparseq.training.fitting import (
     load_or_train_tokenizer,
     losses_by_part,
     make_model,
+    push_run,
     train_or_resume,
     training_arguments,
 )
@@ -108,6 +111,7 @@ def train(
             "pretrain`, or leave the section out"
         )
     check_reporter(recipe.training.report_to)
+    check_hub(recipe)
     metrics = recipe.scoring.make()
     check_bootstrap(bootstrap)
     keep_freed_memory()
@@ -167,6 +171,9 @@ def train(
         data_collator=PairCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
+    reported = {split: report.to_dict() for split, report in reports.items()}
+    described = manifest(recipe, reported, vocab_size=len(tokenizer), start_sha256=start_sha256)
+    trainer.card_facts = run_facts(described, {}, tokens=tokenizer.get_vocab())
     _judge_checkpoints(trainer, recipe, data, texts[data.validation], tokenizer, metrics)
     with watch.part("training"):
         steps = train_or_resume(trainer, recipe, output_dir / CHECKPOINTS)
@@ -201,13 +208,14 @@ def train(
             tokenizer.save_pretrained(folder / MERGED)
 
     if state.is_main_process:
-        reported = {split: report.to_dict() for split, report in reports.items()}
         publish_run(
             output_dir,
             write,
+            config=model.config,
             results=_results(result, recipe, data, trainer),
-            manifest=manifest(recipe, reported, vocab_size=len(tokenizer), start_sha256=start_sha256),
+            manifest=described,
         )
+        push_run(recipe, output_dir, say=say)
     state.wait_for_everyone()
     return result
 

@@ -1,6 +1,7 @@
 """The sections of a recipe as checked dataclasses."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -101,6 +102,33 @@ class LoraRecipe:
                 f'`dropout` is {self.dropout}, but preset "experts" adapts stacked weights, which have no input of '
                 "their own to drop; leave it out"
             )
+
+
+@strict
+@dataclass(frozen=True)
+class HubRecipe:
+    """Pushes to the Hub while the run goes on, and of the finished folder. The token is that of HF_TOKEN, or of
+    `hf auth login`; a recipe holds none.
+
+    Attributes:
+        repo: The repository, user/name; made if it does not exist.
+        private: Whether to make a new one private; None leaves it to the account's settings.
+        strategy: What is pushed before the end: nothing ("end"), the model at every save ("every_save"), with it the
+            last checkpoint, to resume from, in the folder last-checkpoint ("checkpoint"), or every checkpoint in a
+            folder of its own ("all_checkpoints").
+        eval_task: Where `data.dataset` is a benchmark of the Hub, the task of its eval.yaml that the first metric of
+            `scoring.metrics` is for: the score is then written to `.eval_results` too.
+    """
+
+    repo: str | None = None
+    private: bool | None = None
+    strategy: Literal["end", "every_save", "checkpoint", "all_checkpoints"] = "every_save"
+    eval_task: str | None = None
+
+    def validate_values(self) -> None:
+        """Refuse what is no repository."""
+        if self.repo is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo):
+            raise ValueError(f"`repo` must be user/name, or organization/name, but is {self.repo!r}")
 
 
 @strict

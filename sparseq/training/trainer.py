@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import (
     ProgressCallback,
-    Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     TrainerCallback,
     TrainerControl,
@@ -32,6 +31,7 @@ from sparseq.data.batching import TokenBatchSampler
 from sparseq.training import checkpoints
 from sparseq.training.callback import SparseqCallback, refuse_label_smoothing
 from sparseq.training.guards import DivergenceError, LossWatch, StopRequest
+from sparseq.training.pushing import HubTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -66,7 +66,7 @@ class SparseqTrainingArguments(Seq2SeqTrainingArguments):
     )
 
 
-class SparseqTrainer(Seq2SeqTrainer):
+class SparseqTrainer(HubTrainer):
     """Trains a sequence-to-sequence model on batches filled to a budget of tokens.
 
     - Training batches come from `TokenBatchSampler`. The dataset's `source_lengths` and `target_lengths` give the
@@ -80,6 +80,7 @@ class SparseqTrainer(Seq2SeqTrainer):
     - A run killed at any moment and resumed ends with the weights of a run never interrupted: checkpoints appear whole
       or not at all, SIGTERM and Ctrl-C stop at the end of a step with a checkpoint, evaluation leaves random numbers.
     - A loss that is not finite, or runs away, stops training with `DivergenceError`; the last good checkpoint stays.
+    - Every push to the Hub leaves a complete repository with our card; see `HubTrainer`.
 
     Attributes:
         resume_hint: How to go on, for the line that is printed when a signal has stopped the training.
