@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from huggingface_hub import CommitOperationDelete, HfApi
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -56,6 +57,9 @@ DEFAULT_MAX_LENGTH = 256
 
 # Bytes from which an allocation is worth a system call that asks for huge pages.
 _HUGE_ALLOCATION = 4 << 20
+
+# Weights as `save_pretrained` names them: whole, or shards with their index.
+_WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 # What every saved folder holds besides configuration and weights, so that it loads without this package.
 CODE_FILES = ("configuration_sparseq.py", "modeling_sparseq.py")
@@ -944,6 +948,21 @@ def _copy_code(folder: str | os.PathLike[str]) -> None:
         shutil.copyfile(Path(__file__).with_name(name), Path(folder) / name)
 
 
+def _delete_stale_weights(
+    folder: str | os.PathLike[str], repo_id: str, revision: str | None, token: bool | str | None
+) -> Any:
+    """
+    Delete weights in a repository that the folder pushed to it does not have. Returns the commit, None without any.
+    """
+    api = HfApi(token=token)
+    names = [name for name in api.list_repo_files(repo_id, revision=revision) if _WEIGHT_FILES.fullmatch(name)]
+    stale = [CommitOperationDelete(name) for name in names if not os.path.isfile(os.path.join(folder, name))]
+    if not stale:
+        return None
+    message = "Delete weights of an earlier push"
+    return api.create_commit(repo_id, stale, commit_message=message, revision=revision)
+
+
 class SparseqPreTrainedModel(PreTrainedModel):
     """What all Sparseq models share: initial weights, tied weights, and which features of the library they support."""
 
@@ -1075,11 +1094,17 @@ class SparseqPreTrainedModel(PreTrainedModel):
         tied = self.all_tied_weights_keys
         return {name: tensor for name, tensor in gathered.items() if tied.get(name) not in gathered}
 
-    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not os.path.isfile(os.path.join(working_dir, "config.json")):
+            return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
         # Copied again, because only files newer than the save's beginning are uploaded.
-        if os.path.isfile(os.path.join(working_dir, "config.json")):
-            _copy_code(working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
+        _copy_code(working_dir)
+        commit = super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+        # The library deletes nothing, and a model.safetensors left there would be loaded instead of shards pushed now.
+        revision = commit.pr_revision or kwargs.get("revision")
+        return _delete_stale_weights(working_dir, repo_id, revision, kwargs.get("token")) or commit
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, *args: Any, **kwargs: Any) -> Any:

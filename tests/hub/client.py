@@ -3,10 +3,13 @@
     python -I client.py JOBS.json RESULTS.json
 
 JOBS.json: {"without_package": bool, "import_package": bool, "inputs": file, "jobs": [{"auto_class": name,
-"folder": path, "trust": bool, "save": path}, ...]}. Each job's result has "class", "modules", "outputs" (a safetensors
-file), or "error".
+"folder": path or repository, "trust": bool, "options": {further arguments of from_pretrained}, "save": path,
+"save_options": {further arguments of save_pretrained}, "push": repository, "push_options": {further arguments of
+push_to_hub}}, ...]}. A name that begins with AutoPeft is one of peft. Each job's result has "class", "module", "code"
+(SHA-256 of the file that defines the class) and "outputs" (a safetensors file), or "error".
 """
 
+import hashlib
 import importlib.abc
 import json
 import sys
@@ -41,13 +44,19 @@ def run(job: dict[str, Any], inputs: dict[str, Any], outputs: Path) -> dict[str,
     import transformers
     from safetensors.torch import save_file
 
-    auto_class = getattr(transformers, job["auto_class"])
-    kwargs = {"trust_remote_code": True} if job.get("trust") else {}
+    library: Any = transformers
+    if job["auto_class"].startswith("AutoPeft"):
+        import peft
+
+        library = peft
+    auto_class = getattr(library, job["auto_class"])
+    kwargs = {**job.get("options", {}), **({"trust_remote_code": True} if job.get("trust") else {})}
     try:
         loaded = auto_class.from_pretrained(job["folder"], **kwargs)
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
-    result = {"class": type(loaded).__name__, "module": type(loaded).__module__}
+    module = sys.modules[type(loaded).__module__]
+    result = {"class": type(loaded).__name__, "module": module.__name__, "code": sha256(module.__file__)}
     if job["auto_class"] == "AutoTokenizer":
         result["ids"] = loaded(job["texts"])["input_ids"]
         result["label_ids"] = loaded(text_target=job["texts"])["input_ids"]
@@ -56,8 +65,14 @@ def run(job: dict[str, Any], inputs: dict[str, Any], outputs: Path) -> dict[str,
         save_file({name: tensor.contiguous() for name, tensor in observe(loaded, inputs).items()}, outputs)
         result["outputs"] = str(outputs)
     if job.get("save"):
-        loaded.save_pretrained(job["save"])
+        loaded.save_pretrained(job["save"], **job.get("save_options", {}))
+    if job.get("push"):
+        loaded.push_to_hub(job["push"], **job.get("push_options", {}))
     return result
+
+
+def sha256(path: str | None) -> str:
+    return hashlib.sha256(Path(path or "").read_bytes()).hexdigest()
 
 
 def main() -> None:

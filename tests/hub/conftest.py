@@ -65,45 +65,57 @@ def inputs(tokenizer: SparseqTokenizer) -> dict[str, torch.Tensor]:
     }
 
 
+def run_client(
+    home: Path,
+    inputs: dict[str, torch.Tensor],
+    *jobs: dict[str, Any],
+    package: bool,
+    environment: dict[str, str] | None = None,
+) -> list[dict[str, Any]]:
+    """Run jobs (see client.py) one after the other in a new process.
+
+    Args:
+        home: A new folder: the process's current one, and without `environment` that of its caches.
+        package: Whether `sparseq` can be imported, and is.
+        environment: The whole environment; without it the process is offline and its caches are empty.
+    """
+    home.mkdir()
+    save_file(inputs, home / "inputs.safetensors")
+    task = {
+        "without_package": not package,
+        "import_package": package,
+        "inputs": str(home / "inputs.safetensors"),
+        "jobs": jobs,
+    }
+    (home / "jobs.json").write_text(json.dumps(task, default=str), "utf-8")
+    offline = {"HF_HOME": str(home / "hf"), "HF_MODULES_CACHE": str(home / "modules"), "HF_HUB_OFFLINE": "1"}
+    script = Path(__file__).with_name("client.py")
+    process = subprocess.run(
+        # Isolated: neither the current folder nor the script's lends it modules.
+        [sys.executable, "-I", str(script), str(home / "jobs.json"), str(home / "results.json")],
+        cwd=home,
+        env={**os.environ, **offline} if environment is None else environment,
+        # A question about trust must be an answer of "no", not a wait.
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    report = json.loads((home / "results.json").read_text("utf-8"))
+    assert bool(report["package_modules"]) == package, report["package_modules"]
+    results: list[dict[str, Any]] = report["results"]
+    return results
+
+
 @pytest.fixture
 def client(tmp_path: Path, inputs: dict[str, torch.Tensor]) -> Client:
-    """Run jobs (see client.py) one after the other in a new process with an empty cache."""
+    """`run_client`, offline with an empty cache."""
     number = 0
 
     def run(*jobs: dict[str, Any], package: bool) -> list[dict[str, Any]]:
         nonlocal number
         number += 1
-        home = tmp_path / f"client-{number}"
-        home.mkdir()
-        save_file(inputs, home / "inputs.safetensors")
-        task = {
-            "without_package": not package,
-            "import_package": package,
-            "inputs": str(home / "inputs.safetensors"),
-            "jobs": jobs,
-        }
-        (home / "jobs.json").write_text(json.dumps(task, default=str), "utf-8")
-        environment = {
-            **os.environ,
-            "HF_HOME": str(home / "hf"),
-            "HF_MODULES_CACHE": str(home / "modules"),
-            "HF_HUB_OFFLINE": "1",
-        }
-        script = Path(__file__).with_name("client.py")
-        process = subprocess.run(
-            # Isolated: neither the current folder nor the script's lends it modules.
-            [sys.executable, "-I", str(script), str(home / "jobs.json"), str(home / "results.json")],
-            cwd=home,
-            env=environment,
-            # A question about trust must be an answer of "no", not a wait.
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
-        assert process.returncode == 0, process.stderr
-        report = json.loads((home / "results.json").read_text("utf-8"))
-        assert bool(report["package_modules"]) == package, report["package_modules"]
-        return report["results"]
+        return run_client(tmp_path / f"client-{number}", inputs, *jobs, package=package)
 
     assert Path(sparseq.__file__).is_file(), "the package must be installed, or blocking it would prove nothing"
     return run

@@ -5,16 +5,12 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import transformers.dynamic_module_utils
-import transformers.modeling_utils
-import transformers.utils.hub
-from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
@@ -141,36 +137,3 @@ def test_a_configuration_alone(config: SparseqConfig, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path / "config")
     assert names(tmp_path / "config") == {"config.json", "configuration_sparseq.py"}
     assert AutoConfig.from_pretrained(tmp_path / "config") == config
-
-
-class Hub:
-    """Stands in for the Hub's client: keeps what it is asked to upload."""
-
-    def __init__(self) -> None:
-        self.uploaded: set[str] = set()
-
-    def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
-        return SimpleNamespace(repo_id=repo_id)
-
-    def create_commit(self, *, operations: list[Any], **kwargs: Any) -> None:
-        self.uploaded = {operation.path_in_repo for operation in operations}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
-    hub = Hub()
-    for module in (transformers.modeling_utils, transformers.utils.hub):
-        monkeypatch.setattr(module, "hf_api", lambda: hub)
-    monkeypatch.setattr(
-        transformers.utils.hub, "create_and_tag_model_card", lambda *args, **kwargs: ModelCard("---\n{}\n---\n")
-    )
-    return hub
-
-
-def test_every_way_to_push_uploads_the_code(model: SparseqForConditionalGeneration, hub: Hub, tmp_path: Path) -> None:
-    model.push_to_hub("someone/model")
-    assert hub.uploaded == GENERATING | {"README.md"}
-    for _ in range(2):
-        # The second save finds the code there already: files that did not change would not be uploaded.
-        model.save_pretrained(tmp_path, push_to_hub=True, repo_id="someone/model")
-        assert hub.uploaded >= GENERATING
