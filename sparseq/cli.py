@@ -34,7 +34,9 @@ COMMANDS: dict[str, Command] = {
     "score": Command("sparseq.metrics.score_command", "score a trained model on a test set, alone or against another"),
     "average": Command("sparseq.training.average_command", "average the weights of several checkpoints"),
     "train-tokenizer": Command("sparseq.training.tokenizer_command", "train a tokenizer on text files or a dataset"),
+    "card": Command("sparseq.hub.card_command", "write the model card of a folder or a repository anew"),
     "inspect": Command("sparseq.inspection.inspect_command", "what the experts of a trained model do"),
+    "push": Command("sparseq.hub.push_command", "check a model's folder and upload it to the Hub"),
 }
 
 EXTRAS = {
@@ -68,6 +70,10 @@ examples:
                                      one tokenizer for both languages, with the tag <2de>
   sparseq inspect experts outputs/tiny --data corpus --source en --target de
                                      load of each expert on corpus/test.{en,de}, and the tokens it takes
+  sparseq push outputs/tiny someone/tiny --dry-run
+                                     is it complete? what would be uploaded? without --dry-run: upload it
+  sparseq card user/model --source en --target de --push
+                                     put a model card in place of the draft that Trainer pushed
   sparseq COMMAND --help             the arguments of a command, with examples
 
 An error of yours is reported in one line; --debug (or SPARSEQ_DEBUG=1) shows the full traceback.

@@ -116,7 +116,7 @@ def run_facts(manifest: Mapping[str, Any], results: Mapping[str, Any], *, tokens
         metrics=_metrics(recipe, results, places),
         total_parameters=results["parameters"] if has_counts else None,
         active_parameters=results["active_parameters"] if has_counts else None,
-        example=_example(pairs, tokens) if task == "translation" else None,
+        example=example_sentence(*pairs[0], tokens) if task == "translation" else None,
         limits=_limits(recipe, places),
     )
 
@@ -170,6 +170,11 @@ def is_draft(text: str) -> bool:
     return not body.strip() or any(mark in body for mark in _DRAFTS)
 
 
+def is_ours(text: str) -> bool:
+    """Whether Sparseq wrote the text of a README.md."""
+    return _DRAFTS[0] in text
+
+
 def facts_of_log(log: Sequence[Mapping[str, Any]]) -> CardFacts:
     """What the `log_history` of a Trainer says: updates, duration, and the last evaluation."""
     evaluated: Mapping[str, Any] = next((entry for entry in reversed(log) if "eval_loss" in entry), {})
@@ -199,6 +204,12 @@ def known_tokens(folder: Path) -> list[str]:
     if not path.is_file():
         return []
     return [token for token in Tokenizer.from_file(str(path)).get_vocab() if re.fullmatch(r"<2[\w-]+>", token)]
+
+
+def example_sentence(source: str | None, target: str | None, tokens: Collection[str]) -> str:
+    """A sentence in the source language, with the tag of the target language where the tokenizer knows it."""
+    tag = f"{language_tag(target)} " if target and language_tag(target) in tokens else ""
+    return tag + _EXAMPLES.get(re.split("[-_]", source or "")[0], _EXAMPLES["en"])
 
 
 def hub_id(name: Any) -> str | None:
@@ -375,15 +386,6 @@ def _hardware(machine: Mapping[str, Any]) -> str | None:
     device = machine.get("device")
     threads = f"{machine.get('threads')} CPU threads" if device == "cpu" else device
     return machine.get("hardware", threads)
-
-
-def _example(pairs: Sequence[tuple[str | None, str | None]], tokens: Collection[str]) -> str:
-    """A sentence in the source language, with the tag of the target language where the tokenizer knows it."""
-    source, target = pairs[0]
-    assert source is not None
-    assert target is not None
-    tag = f"{language_tag(target)} " if language_tag(target) in tokens else ""
-    return tag + _EXAMPLES.get(re.split("[-_]", source)[0], _EXAMPLES["en"])
 
 
 def _limits(recipe: Mapping[str, Any], places: Sequence[_Place]) -> list[str]:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -58,7 +59,7 @@ def write_hub_folder(
     try:
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        _write(files, staging)
+        write_files(files, staging)
         _put_in_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -88,10 +89,11 @@ def write_card(folder: str | os.PathLike[str], config: SparseqConfig, facts: Car
     Raises:
         ValueError: A fact would make them invalid. Nothing is written then.
     """
-    return _write(render_card_files(config, facts), Path(folder))
+    return write_files(render_card_files(config, facts), Path(folder))
 
 
-def _write(files: dict[str, str], folder: Path) -> list[Path]:
+def write_files(files: Mapping[str, str], folder: Path) -> list[Path]:
+    """Write what `render_card_files` has rendered; returns the files."""
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)

@@ -98,7 +98,7 @@ def read_repository(name: str, branch: str = MAIN) -> Repository:
     if re.fullmatch(r"[0-9a-f]{40}", branch):
         raise ValueError(f"{branch} is a commit, which cannot be pushed to: name a branch.")
     api = HfApi()
-    with _explained(name):
+    with explained(name):
         try:
             info = api.repo_info(name)
         except RepositoryNotFoundError:
@@ -224,7 +224,7 @@ def push_folder(
     }
     say(f"Hashing {len(additions)} files, {format_size(check.size)} ...")
     hashes = {path: _hashes(one) for path, one in tqdm(additions.items(), desc="Hashing", leave=False)}
-    with _explained(name, repository.branch):
+    with explained(name, repository.branch):
         if not repository.exists:
             api.create_repo(name, private=private, exist_ok=True)
             say(f"Created {name}.")
@@ -237,7 +237,7 @@ def push_folder(
         if not repository.exists:
             raise OSError(_not_found(name))
     stale = stale_files(check, repository)
-    with _explained(name, repository.branch):
+    with explained(name, repository.branch):
         say("Uploading ...")
         commit = api.create_commit(
             name,
@@ -323,7 +323,7 @@ def _is_same(found: RepoFile | None, expected: _Hashes) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(name: str, branch: str = MAIN) -> Iterator[None]:
+def explained(name: str, branch: str = MAIN) -> Iterator[None]:
     """Turns what the client raises into one line that says what to do."""
     try:
         yield

@@ -1,0 +1,181 @@
+"""Trainings that push: with every commit the repository is complete, and the card is ours in the end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from sparseq.hub.alone import load_alone
+from sparseq.hub.card import check_card
+from sparseq.hub.check import check_folder
+from tests.hub.server import HubServer
+
+ROOT = Path(__file__).resolve().parents[2]
+STATE = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+def run_client(hub: HubServer, folder: Path, *jobs: str) -> str:
+    """Run jobs of pushing_client.py in a new process with empty caches; returns its standard error."""
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.hub.pushing_client", str(folder), *jobs],
+        cwd=ROOT,
+        env=hub.environment(folder / f"home-{jobs[0]}", OMP_NUM_THREADS="1"),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stderr
+
+
+def files_at(hub: HubServer, repo: str, commit: str, folder: Path) -> Path:
+    """The files of a commit, written down; checkpoints in folders of their own are left out."""
+    for name, content in hub.files(repo, commit).items():
+        if "/" not in name or name.startswith(".eval_results"):
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return folder
+
+
+def assert_complete(folder: Path) -> None:
+    check = check_folder(folder)
+    assert not check.problems
+    assert not [name for name in STATE if (folder / name).exists()]
+    text = (folder / "README.md").read_text("utf-8")
+    check_card(text)
+    assert "<!-- Written by sparseq" in text
+
+
+def metadata(hub: HubServer, repo: str) -> dict[str, Any]:
+    data: dict[str, Any] = yaml.safe_load(hub.files(repo)["README.md"].decode().split("---\n")[1])
+    return data
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with HubServer(tmp_path_factory.mktemp("storage")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def pushed(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SparseqTrainer at every strategy, a run from a recipe, and the others, all in one process."""
+    folder = tmp_path_factory.mktemp("pushed")
+    run_client(hub, folder, "strategies", "others", "recipe")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("strategy", "pushes", "extra"),
+    [
+        ("end", 1, []),
+        ("every_save", 3, []),
+        ("checkpoint", 3, ["last-checkpoint"]),
+        ("all_checkpoints", 3, ["checkpoint-2", "checkpoint-4"]),
+    ],
+)
+def test_the_repository_is_complete_after_each_push(
+    pushed: Path, hub: HubServer, strategy: str, pushes: int, extra: list[str], tmp_path: Path
+) -> None:
+    repo = f"owner/{strategy}"
+    commits = hub.commits(repo)[:-1]  # the first is the Hub's own
+    assert len(commits) == pushes
+    for number, commit in enumerate(commits):
+        assert_complete(files_at(hub, repo, commit, tmp_path / str(number)))
+    folders = sorted({name.partition("/")[0] for name in hub.files(repo) if "/" in name})
+    assert folders == extra
+    for name in extra:
+        # A checkpoint cannot be resumed from without its state, so Trainer's own pushes have it there too.
+        assert {f"{name}/{file}" for file in STATE} <= hub.files(repo).keys()
+    weights = [load_file(tmp_path / str(number) / "model.safetensors") for number in range(pushes)]
+    # Pushes are of different steps: 2, 4 and the end, which is 4 again.
+    same = [all(torch.equal(weights[0][key], other[key]) for key in other) for other in weights]
+    assert same == [True, True, False][:pushes]
+
+
+def test_one_of_them_loads_without_the_package(pushed: Path, hub: HubServer, tmp_path: Path) -> None:
+    first = hub.commits("owner/every_save")[-2]
+    folder = files_at(hub, "owner/every_save", first, tmp_path / "first")
+    uploads = [entry.path for entry in check_folder(folder).uploads]
+    assert load_alone(folder, uploads, auto_class="AutoModelForSeq2SeqLM", base_model=None, base_revision=None) is None
+
+
+def test_the_card_has_what_the_user_and_the_trainer_know(pushed: Path, hub: HubServer) -> None:
+    data = metadata(hub, "owner/end")
+    assert (data["license"], data["language"], data["datasets"]) == ("cc-by-4.0", ["en"], ["someone/captions"])
+    assert (data["pipeline_tag"], data["library_name"]) == ("translation", "transformers")
+    assert data["tags"] == ["sparseq", "mixture-of-experts", "captions"]
+    text = hub.files("owner/end")["README.md"].decode()
+    for known in ("\n# end\n", "| updates | 4 |", "| validation loss |", "tokens_per_batch: 64", "| seed | 42 |"):
+        assert known in text
+
+
+def test_training_goes_on_from_the_hub(pushed: Path, hub: HubServer, tmp_path: Path) -> None:
+    (tmp_path / "resume").mkdir()
+    (tmp_path / "resume" / "commit.json").write_text(json.dumps(hub.commits("owner/checkpoint")[-2]), "utf-8")
+    run_client(hub, tmp_path, "resume")
+    resumed = load_file(tmp_path / "resume" / "resumed" / "model.safetensors")
+    ended = load_file(pushed / "strategies" / "checkpoint" / "model.safetensors")
+    assert resumed.keys() == ended.keys()
+    assert all(torch.equal(resumed[name], ended[name]) for name in ended)
+
+
+def test_a_stock_trainer_and_peft_get_their_cards_back(pushed: Path, hub: HubServer, tmp_path: Path) -> None:
+    stock, adapter = json.loads((pushed / "others" / "seen.json").read_text("utf-8"))
+    assert "generated_from_trainer" in stock
+    assert "[More Information Needed]" in adapter
+    statuses = json.loads((pushed / "others" / "statuses.json").read_text("utf-8"))
+    assert statuses == [0, 0, 2, 2]
+
+    folder = files_at(hub, "owner/stock", "main", tmp_path / "stock")
+    # The pickle that the stock Trainer has pushed is not ours to delete with a card.
+    (folder / "training_args.bin").unlink()
+    assert_complete(folder)
+    data = metadata(hub, "owner/stock")
+    assert (data["license"], data["language"], data["pipeline_tag"]) == ("mit", ["en", "de"], "translation")
+    assert "generated_from_trainer" not in data["tags"]
+    text = (folder / "README.md").read_text("utf-8")
+    for known in ("learning_rate: 0.01", "<2de> A man is walking in the park.", "| seed | 42 |", "transformers 5."):
+        assert known in text
+
+    data = metadata(hub, "owner/adapter")
+    assert (data["library_name"], data["base_model"], data["tags"][-1]) == ("peft", "owner/base", "lora")
+    assert data["pipeline_tag"] == "summarization"
+    text = files_at(hub, "owner/adapter", "main", tmp_path / "adapter").joinpath("README.md").read_text("utf-8")
+    assert 'base = "owner/base"' in text
+    assert "| adapter | LoRA of rank 2, scaled by 4 / 2 |" in text
+
+
+def test_adapters_are_pushed_with_our_card(pushed: Path, hub: HubServer, tmp_path: Path) -> None:
+    commits = hub.commits("owner/trained")[:-1]
+    assert len(commits) == 3
+    for number, commit in enumerate(commits):
+        folder = files_at(hub, "owner/trained", commit, tmp_path / str(number))
+        assert_complete(folder)
+        assert check_folder(folder).kind == "adapter"
+    data = metadata(hub, "owner/trained")
+    assert (data["library_name"], data["base_model"]) == ("peft", "owner/base")
+
+
+def test_a_recipe_pushes_the_run_and_its_finished_folder(pushed: Path, hub: HubServer, tmp_path: Path) -> None:
+    commits = hub.commits("owner/run")[:-1]
+    # Trainer's pushes are skipped while one is under way, so only the ends are certain.
+    assert len(commits) >= 2
+    for number, commit in enumerate(commits):
+        assert_complete(files_at(hub, "owner/run", commit, tmp_path / str(number)))
+    files, output = hub.files("owner/run"), pushed / "recipe" / "run"
+    for name in ("model.safetensors", "README.md", "config.json", "tokenizer.json"):
+        assert files[name] == (output / name).read_bytes()
+    card = files["README.md"].decode()
+    assert "| recipe | toy |" in card
+    assert "chrF2" in card
+    assert str(pushed) not in card
+    assert "last-checkpoint/optimizer.pt" in files
+    assert hub.repositories["models", "owner/run"].private
