@@ -157,7 +157,8 @@ class DenoisingPairs(Dataset[dict[str, list[int]]]):
     Plain text as source and target of a denoising objective, packed into pieces of equal length.
 
     The noise of a piece depends on `seed`, the epoch and the place of the piece alone, so a run repeats exactly, on
-    any number of processes, and can be resumed anywhere; every epoch has noise of its own.
+    any number of processes, and can be resumed anywhere; every epoch has noise of its own. Whoever trains calls
+    `set_epoch`, as Trainer does; workers of a `DataLoader` that outlive an epoch would not hear of it.
 
     Args:
         ids: All tokens of the text, in order, `(n,)`; an array, a memory map, or anything whose slices are arrays.
@@ -186,10 +187,11 @@ class DenoisingPairs(Dataset[dict[str, list[int]]]):
         self.end, self.prefix, self.seed = end, list(prefix), seed
         self.epoch = 0
         whole, rest = divmod(len(ids), length)
-        sizes = [length] * whole + [rest] * (rest >= SHORTEST_PIECE)
-        longest = {size: noise.longest(size) for size in set(sizes)}
-        self.source_lengths = [len(self.prefix) + longest[size][0] + 1 for size in sizes]
-        self.target_lengths = [longest[size][1] + 1 for size in sizes]
+        longest = np.tile(noise.longest(length), (whole + (rest >= SHORTEST_PIECE), 1))
+        if rest >= SHORTEST_PIECE:
+            longest[-1] = noise.longest(rest)
+        self.source_lengths = longest[:, 0] + len(self.prefix) + 1
+        self.target_lengths = longest[:, 1] + 1
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the noise of `epoch`."""
@@ -202,13 +204,20 @@ class DenoisingPairs(Dataset[dict[str, list[int]]]):
         """`input_ids` and `labels` of one piece."""
         if not 0 <= index < len(self):
             raise IndexError(f"There are {len(self)} pieces, no piece {index}.")
-        piece = np.asarray(self.ids[index * self.length : (index + 1) * self.length], dtype=np.int64)
-        source, target = self.noise(piece, np.random.default_rng([self.seed, self.epoch, index]))
-        return {"input_ids": [*self.prefix, *source.tolist(), self.end], "labels": [*target.tolist(), self.end]}
+        return self._make(index, index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, list[int]]]:
-        """Several pieces at once, which is how a `DataLoader` asks for a batch."""
-        return [self[index] for index in indices]
+        """Several pieces at once, which is how a `DataLoader` asks for a batch.
+
+        An index beyond the last begins again with the first piece, with other noise: so a piece that comes several
+        times an epoch is never the same.
+        """
+        return [self._make(index % len(self), index) for index in indices]
+
+    def _make(self, index: int, draw: int) -> dict[str, list[int]]:
+        piece = np.asarray(self.ids[index * self.length : (index + 1) * self.length], dtype=np.int64)
+        source, target = self.noise(piece, np.random.default_rng([self.seed, self.epoch, draw]))
+        return {"input_ids": [*self.prefix, *source.tolist(), self.end], "labels": [*target.tolist(), self.end]}
 
 
 def add_denoising_tokens(tokenizer: PreTrainedTokenizerBase, sentinels: int = 0) -> int:

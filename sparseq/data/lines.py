@@ -4,11 +4,12 @@ import difflib
 import gzip
 import hashlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, cast
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_FOREIGN = (".bz2", ".xz", ".zst", ".zip", ".7z", ".lz4", ".Z")
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -80,5 +81,15 @@ def near_file(path: Path) -> str:
     return near_name(path.name, file_names(path.parent))
 
 
+def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
+    """Name of each file to the SHA-256 of its bytes on disk; a name that comes again gets its number."""
+    hashes: dict[str, str] = {}
+    for number, path in enumerate(paths, start=1):
+        hashes[path.name if path.name not in hashes else f"{path.name} ({number})"] = file_hash(path)
+    return hashes
+
+
 def _open(path: Path) -> IO[bytes]:
+    if path.suffix in _FOREIGN:
+        raise ValueError(f"{path} is compressed in a way that is not read: decompress it, or compress it with gzip.")
     return cast(IO[bytes], gzip.open(path) if path.suffix == ".gz" else path.open("rb"))

@@ -41,7 +41,7 @@ class MixedPairs(Dataset[dict[str, list[int]]]):
         self.parts: list[Any] = list(parts)
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
         generator = np.random.default_rng([seed])
-        repeated = []
+        repeated, copies = [], []
         for part, start, times in zip(
             parts, self._starts, repetitions([len(p) for p in parts], temperature), strict=False
         ):
@@ -49,7 +49,8 @@ class MixedPairs(Dataset[dict[str, list[int]]]):
             rows = np.tile(np.arange(len(part)), whole)
             extra = np.sort(generator.permutation(len(part))[:rest])
             repeated.append(start + np.concatenate([rows, extra]))
-        self._rows = np.concatenate(repeated)
+            copies.append(np.concatenate([np.repeat(np.arange(whole), len(part)), np.full(rest, whole)]))
+        self._rows, self._copies = np.concatenate(repeated), np.concatenate(copies)
         self.source_lengths = np.concatenate([part.source_lengths for part in parts])[self._rows]
         self.target_lengths = np.concatenate([part.target_lengths for part in parts])[self._rows]
 
@@ -67,12 +68,16 @@ class MixedPairs(Dataset[dict[str, list[int]]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, list[int]]]:
         """Several pairs at once, which is how a `DataLoader` asks for a batch."""
-        rows = self._rows[np.asarray(indices)]
+        rows, copies = self._rows[np.asarray(indices)], self._copies[np.asarray(indices)]
         owners = np.searchsorted(self._starts, rows, side="right") - 1
         items: list[dict[str, list[int]]] = [{} for _ in indices]
         for owner in np.unique(owners):
             positions = np.flatnonzero(owners == owner)
-            found = self.parts[owner].__getitems__((rows[positions] - self._starts[owner]).tolist())
+            part, numbers = self.parts[owner], rows[positions] - self._starts[owner]
+            if hasattr(part, "set_epoch"):
+                # What is made anew is another one in each copy.
+                numbers = numbers + copies[positions] * len(part)
+            found = part.__getitems__(numbers.tolist())
             for position, item in zip(positions, found, strict=True):
                 items[position] = item
         return items

@@ -3,6 +3,8 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from glob import glob, has_magic
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +14,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sparseq.data.collation import tokenizer_hash
-from sparseq.data.lines import file_hash, near_file, not_utf8, read_raw_lines
+from sparseq.data.lines import file_hashes, near_file, not_utf8, read_raw_lines
 from sparseq.data.sources import check_text, find_in_folder
 from sparseq.data.store import Store, build, content_key
 from sparseq.data.tables import Table, is_table, open_files, open_table
 
 # Raised when the same input would give other tokens.
-_FORMAT = 1
+_FORMAT = 2
 _SCHEMA = pa.schema([("id", pa.int32())])
 _BATCH_TEXTS = 1000
 # Large, so that a long text has few chunks to look through.
@@ -32,7 +34,7 @@ class TextPlace:
     Attributes:
         language: Its code; None for text without a tag.
         folder: Folder with `{split}.{language}`, plain or .gz.
-        files: Instead of a folder: files with one text a line, or tables.
+        files: Instead of a folder: files with one text a line, or tables; patterns such as `shards/*.txt.gz` too.
         dataset, config: Instead of a folder: what `open_table` reads.
         column: Column of tables with the text.
         split: Name of the split.
@@ -68,10 +70,20 @@ class TextPlace:
             assert self.language is not None
             paths = [find_in_folder(Path(self.folder), self.split, self.language)]
         else:
-            paths = [Path(name) for name in self.files]
+            paths = [path for name in self.files for path in _matching(name)]
         if any(is_table(path) for path in paths):
             return PlainText.of_table(open_files(paths, text_columns=[self.column]), self)
         return PlainText.of_files(paths, self, skips=if_not_utf8 == "skip")
+
+
+def _matching(name: str) -> list[Path]:
+    """The file of that name, or the files that a pattern such as `shards/*.txt.gz` stands for, sorted."""
+    if Path(name).exists() or not has_magic(name):
+        return [Path(name)]
+    found = sorted(Path(path) for path in glob(name, recursive=True))
+    if not found:
+        raise FileNotFoundError(f"No file matches {name}.")
+    return found
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,8 @@ class PlainText:
         """Files with one text a line."""
         for path in paths:
             if not path.is_file():
+                if path.is_dir():
+                    raise FileNotFoundError(f"{path} is a folder; name files, or give it as text.folder.")
                 raise FileNotFoundError(f"There is no file {path}.{near_file(path)}")
 
         def batches() -> Iterator[Sequence[str | bytes | None]]:
@@ -115,9 +129,7 @@ class PlainText:
             if batch:
                 yield batch
 
-        names = [path.name for path in paths]
-        files = {path.name if names.count(path.name) == 1 else str(path): file_hash(path) for path in paths}
-        return cls(", ".join(map(str, paths)), place.language, files, {}, batches)
+        return cls(", ".join(map(str, paths)), place.language, file_hashes(paths), {}, batches)
 
     @classmethod
     def of_table(cls, table: Table, place: TextPlace) -> "PlainText":
@@ -133,16 +145,14 @@ class PlainText:
         options = {"column": place.column, "split": place.split}
         return cls(table.name, place.language, table.files, options, batches)
 
-    def texts(self, limit: int = 0) -> Iterator[str]:
-        """The texts that are not blank, the first `limit` of them (0: all)."""
-        count = 0
-        for batch in self.batches():
-            for text in batch:
-                if isinstance(text, str) and text.strip():
-                    yield text
-                    count += 1
-                    if count == limit:
-                        return
+    def texts(self, limit: int = 0, *, held_out: int = 0) -> Iterator[str]:
+        """The texts that are not blank, the first `limit` of them (0: all), without the last `held_out` of those."""
+        waiting: deque[str] = deque()
+        found = (text for batch in self.batches() for text in batch if isinstance(text, str) and text.strip())
+        for text in islice(found, limit or None):
+            waiting.append(text)
+            if len(waiting) > held_out:
+                yield waiting.popleft()
 
 
 class TokenRow(Sequence[int]):
@@ -290,7 +300,8 @@ def _tokenize(
         with tqdm(desc=name, unit=" texts", unit_scale=True, disable=None if progress else True, leave=False) as bar:
             for batch in text.batches():
                 if kept := list(usable(batch)):
-                    yield from tokenizer(kept, verbose=False)["input_ids"]
+                    # `<s>` or `<mask>` in a text, of a web page for instance, is no token of ours.
+                    yield from tokenizer(kept, verbose=False, split_special_tokens=True)["input_ids"]
                 bar.update(len(batch))
                 if max_texts and counts["texts"] == max_texts:
                     return
@@ -309,7 +320,7 @@ def _tokenize(
         yield _record(buffer)
         yield _record([index for ids in last for index in ids])
 
-    def finish(table: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    def finish(table: Any) -> tuple[None, dict[str, Any]]:
         if not counts["texts"]:
             raise ValueError(f"{text.name} has no text: every line is blank.")
         if not counts["tokens"]:
@@ -317,7 +328,7 @@ def _tokenize(
                 f"{text.name} has {counts['texts']:,} texts, and {held_out:,} are to be held out (`text.held_out`): "
                 "nothing is left to train on."
             )
-        return np.ones(len(table), dtype=bool), counts
+        return None, counts
 
     return build(store, key, _SCHEMA, batches(), finish)
 

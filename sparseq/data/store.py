@@ -16,7 +16,7 @@ _DATA_FILE = "data.arrow"
 _NOTE_FILE = "note.json"
 _BATCH_ROWS = 1000
 
-Finish = Callable[[Any], tuple[np.ndarray, dict[str, Any]]]
+Finish = Callable[[Any], tuple[np.ndarray | None, dict[str, Any]]]
 
 
 def content_key(**parts: Any) -> str:
@@ -56,7 +56,8 @@ class Store:
             key: Its name.
             schema: Columns of the table.
             batches: Its rows.
-            finish: Called with the table when all rows are written; returns which rows stay, as a mask, and the note.
+            finish: Called with the table when all rows are written; returns which rows stay, as a mask or None for
+                all, and the note.
 
         Raises:
             What `batches` and `finish` raise; nothing is left behind then.
@@ -68,7 +69,7 @@ class Store:
             rows = _write(data, schema, batches)
             table = _map(data)
             stays, note = finish(table)
-            if not stays.all():
+            if stays is not None and not stays.all():
                 refined = scratch / "refined"
                 rows = _write(refined, schema, _staying(table, schema, stays))
                 os.replace(refined, data)
@@ -93,7 +94,7 @@ def in_memory(schema: pa.Schema, batches: Iterable[pa.RecordBatch], finish: Fini
 
     table = datasets.Dataset(pa.Table.from_batches(list(batches), schema))
     stays, note = finish(table)
-    if not stays.all():
+    if stays is not None and not stays.all():
         table = datasets.Dataset(pa.Table.from_batches(list(_staying(table, schema, stays)), schema))
     return table, note
 

@@ -2,12 +2,12 @@
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparseq.data.lines import file_hash, near_file
+from sparseq.data.lines import file_hash, file_hashes, near_file
 
 # A recipe is checked where the extra that brings pyarrow is not installed.
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def open_files(paths: Sequence[Path], *, text_columns: Sequence[str] = (), part:
         raise ValueError(f"{name} are of several kinds ({', '.join(sorted(kinds))}); give files of one.")
     ending = kinds.pop()
     builder = _BUILDERS[ending]
-    files = _hashes(paths)
+    files = file_hashes(paths)
     filled = [str(path) for path in paths if path.stat().st_size]
     if not filled:
         return Table(name, files, None, builder.upper())
@@ -284,13 +284,6 @@ def _reason(error: Exception) -> str:
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _hashes(paths: Iterable[Path]) -> dict[str, str]:
-    hashes: dict[str, str] = {}
-    for number, path in enumerate(paths):
-        hashes[path.name if path.name not in hashes else f"{path.name} ({number + 1})"] = file_hash(path)
-    return hashes
 
 
 def _folder_hashes(folder: Path) -> dict[str, str]:

@@ -81,10 +81,8 @@ def check_same_text(output_dir: Path, files: Mapping[str, Mapping[str, str]]) ->
     has_work = (output_dir / TOKENIZER).is_dir() or bool(complete_checkpoints(output_dir / CHECKPOINTS))
     if has_work and note.is_file():
         found = json.loads(note.read_text(encoding="utf-8"))
-        # By hash alone: the same text may lie elsewhere now.
-        changed = [
-            split for split in wanted if sorted(found.get(split, {}).values()) != sorted(wanted[split].values())
-        ]
+        # By hash alone: the same text may lie elsewhere now. In order: another order is another text.
+        changed = [split for split in wanted if list(found.get(split, {}).values()) != list(wanted[split].values())]
         if changed:
             raise ValueError(
                 f"{output_dir} holds a run on other text: the files of {', '.join(changed)} have changed or are "

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from sparseq.data.collation import PairCollator
-from sparseq.data.denoising import DenoisingPairs, add_denoising_tokens, denoising_tokens
+from sparseq.data.denoising import SHORTEST_PIECE, DenoisingPairs, add_denoising_tokens, denoising_tokens
 from sparseq.data.mixing import MixedPairs
 from sparseq.data.plain import PlainText, TextReport, TokenRow, tokenize_text
 from sparseq.data.store import Store
@@ -43,11 +43,13 @@ from sparseq.training.output_folder import (
 )
 from sparseq.training.recipes import Recipe
 from sparseq.training.sections import DenoisingRecipe, TextRecipe
-from sparseq.training.start import open_checkpoint
+from sparseq.training.start import check_special_tokens, open_checkpoint
 from sparseq.training.text import tag_prefix
 from sparseq.training.trainer import SparseqTrainer
 
 _UNNAMED = "text"
+# Characters of a text that the tokenizer is trained on.
+_SENTENCE = 1000
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def pretrain(recipe: Recipe, output_dir: str | Path, *, resume: bool = True, pro
             tokenizer = checkpoint.tokenizer
         else:
             tokenizer = _make_tokenizer(recipe, texts, output_dir, progress=shows)
+        prefixes = [_prefix_ids(tokenizer, text, alone=len(texts) == 1) for text in texts]
     with state.main_process_first(), watch.part("tokenization"):
         store = Store(output_dir / CACHE)
         rows = [_tokenize(recipe.text, tokenizer, text, store, progress=shows) for text in texts]
@@ -120,16 +123,18 @@ def pretrain(recipe: Recipe, output_dir: str | Path, *, resume: bool = True, pro
             store.prune()
     for *_, report in rows:
         say(report)
+    trained = _pieces(recipe, tokenizer, [row for row, _, _ in rows], prefixes, state.num_processes)
+    held_out = _pieces(recipe, tokenizer, [row for _, row, _ in rows], prefixes, state.num_processes)
     set_seed(recipe.seed)
     model = make_model(recipe, tokenizer, checkpoint)
     say(describe_model(model))
 
-    prefixes = [_prefix_ids(tokenizer, text, alone=len(texts) == 1) for text in texts]
     trainer = SparseqTrainer(
         model=model,
         args=training_arguments(recipe, output_dir, model.config.d_model, progress),
-        train_dataset=_pieces(recipe, tokenizer, [row for row, _, _ in rows], prefixes),
-        eval_dataset=_pieces(recipe, tokenizer, [row for _, row, _ in rows], prefixes),
+        # Only what is trained on is repeated as the temperature asks.
+        train_dataset=_join(trained, temperature=float(recipe.text.temperature), seed=recipe.seed),
+        eval_dataset=_join(held_out, temperature=1.0, seed=recipe.seed),
         data_collator=PairCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
@@ -178,7 +183,7 @@ def complete_recipe(recipe: Recipe) -> Recipe:
     if recipe.training.metric != "loss":
         raise ValueError(
             f"recipe {recipe.name}: pre-training is judged by the loss on held-out text, but `training.metric` is "
-            f"{recipe.training.metric!r}; leave it out"
+            f"{recipe.training.metric!r}; say training.metric=loss"
         )
     training = recipe.training
     source, target = piece_lengths(denoising)
@@ -224,20 +229,21 @@ def _make_tokenizer(
         max_length=recipe.data.max_length,
         progress=progress,
     )
+    config = recipe.model_config(len(tokenizer))
+    check_special_tokens(tokenizer, config, "`tokenizer.path` names a tokenizer", "Train one, or leave the path out")
     # Not in the kept one, which the objective does not change.
     add_denoising_tokens(tokenizer, recipe.denoising.sentinels)
     return tokenizer
 
 
 def _sentences(recipe: Recipe, texts: Sequence[PlainText]) -> Iterator[str]:
-    """Texts for the tokenizer, of all languages in turn, `data.tokenizer_sentences` at most."""
+    """Beginnings of texts for the tokenizer, of all languages in turn: the first `data.tokenizer_sentences`."""
     assert recipe.text is not None
-    limit = recipe.data.tokenizer_sentences
-    turns = zip_longest(*(text.texts(recipe.text.max_texts) for text in texts))
-    for number, sentence in enumerate(one for one in chain.from_iterable(turns) if one is not None):
-        if number == limit:
-            return
-        yield sentence
+    section = recipe.text
+    turns = zip_longest(*(text.texts(section.max_texts, held_out=section.held_out) for text in texts))
+    for text in islice(filter(None, chain.from_iterable(turns)), recipe.data.tokenizer_sentences):
+        # The tokenizer's training holds them all in memory, and an article is no sentence.
+        yield text[:_SENTENCE]
 
 
 def _tokenize(
@@ -255,17 +261,35 @@ def _prefix_ids(tokenizer: PreTrainedTokenizerBase, text: PlainText, *, alone: b
 
 
 def _pieces(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Sequence[TokenRow], prefixes: Sequence[Sequence[int]]
-) -> Any:
-    assert recipe.text is not None
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[TokenRow],
+    prefixes: Sequence[Sequence[int]],
+    processes: int,
+) -> list[DenoisingPairs]:
+    """The pieces of each language.
+
+    Raises:
+        ValueError: A language has fewer than there are processes.
+    """
     assert recipe.denoising is not None
-    noise = recipe.denoising.noise(*denoising_tokens(tokenizer))
-    options: dict[str, Any] = {"length": recipe.denoising.length, "end": tokenizer.eos_token_id}
-    parts = [
+    noise, length = recipe.denoising.noise(*denoising_tokens(tokenizer)), recipe.denoising.length
+    parts = []
+    for number, (row, prefix) in enumerate(zip(rows, prefixes, strict=True)):
+        count = len(row) // length + (len(row) % length >= SHORTEST_PIECE)
+        if count < processes:
+            language = tokenizer.decode(list(prefix)) if prefix else "the text"
+            raise ValueError(
+                f"{len(row):,} tokens of {language}, to train on or held out, make {count} pieces of {length}, but "
+                f"every process ({processes}) needs one: raise `text.held_out`, give more text, or lower "
+                "`denoising.length`."
+            )
         # Otherwise piece i of every language would have the same noise.
-        DenoisingPairs(row, noise, prefix=prefix, seed=recipe.seed * len(rows) + number, **options)
-        for number, (row, prefix) in enumerate(zip(rows, prefixes, strict=True))
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    return MixedPairs(parts, temperature=float(recipe.text.temperature), seed=recipe.seed)
+        seed = recipe.seed * len(rows) + number
+        end = tokenizer.eos_token_id
+        parts.append(DenoisingPairs(row, noise, length=length, end=end, prefix=prefix, seed=seed))
+    return parts
+
+
+def _join(parts: Sequence[DenoisingPairs], *, temperature: float, seed: int) -> Any:
+    return parts[0] if len(parts) == 1 else MixedPairs(parts, temperature=temperature, seed=seed)

@@ -24,7 +24,7 @@ examples:
       a dataset of the Hub
   sparseq pretrain base-sparse text.folder=corpus text.languages=[en,de] denoising.objective=text_infilling
       the model of another recipe, with BART's objective instead of T5's
-  sparseq pretrain pretrain-tiny text.folder=more text.languages=[en] start.checkpoint=outputs/pretrained
+  sparseq pretrain finetune start.checkpoint=outputs/pretrained text.folder=more text.languages=[en]
       go on from a trained model; its architecture and tokenizer stay
   sparseq train finetune start.checkpoint=outputs/pretrained data.folder=corpus data.source=en data.target=de
       then: fine-tune the result on parallel text

@@ -135,10 +135,13 @@ class Recipe:
             longest = max(longest, self.denoising.length + 2)
         if config.position_embedding_type == "learned" and limit is not None and longest > limit:
             of_target = f", `data.max_target_length` {self.data.max_target_length}"
+            piece = (
+                "" if self.denoising is None else f", and a piece of `denoising.length` {self.denoising.length + 2}"
+            )
             raise ValueError(
                 f"recipe {self.name}: learned positions end at `model.max_position_embeddings` ({limit}), but "
                 f"`data.max_length` is {self.data.max_length}{of_target if self.data.max_target_length else ''} and "
-                f"`decoding.max_length` {self.decoding.max_length}"
+                f"`decoding.max_length` {self.decoding.max_length}{piece}"
             )
 
 
@@ -175,6 +178,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         ValueError: A key is unknown (the message names the nearest), or a value has a wrong type or is out of range.
     """
     path = _find(name_or_path)
+    if not path.stem.strip("."):
+        # The folder of its runs would be the current one.
+        raise ValueError(f"The recipe file {path} has no name before its ending; give it one.")
     tree = _parse(path.read_text(encoding="utf-8"), str(path))
     if tree is None:
         tree = {}

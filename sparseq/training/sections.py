@@ -1,6 +1,7 @@
 """The sections of a recipe as checked dataclasses."""
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,6 +13,7 @@ from sparseq.data.cleaning import Policy
 from sparseq.data.denoising import SHORTEST_PIECE, Noise, SpanCorruption, TextInfilling
 from sparseq.data.plain import TextPlace
 from sparseq.data.sources import PairPlace, parse_pair
+from sparseq.tokenization_sparseq import language_tag
 
 # A recipe is checked where the extra that brings sacrebleu is not installed.
 if TYPE_CHECKING:
@@ -52,6 +54,14 @@ def _not_negative(section: object, *names: str) -> None:
     for name in names:
         if getattr(section, name) < 0:
             raise ValueError(f"`{name}` must not be negative, but is {getattr(section, name)}")
+
+
+def _no_path(section: object, *names: str) -> None:
+    """Refuse what files of a run are named after, if it would lead them out of the run's folder."""
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and (set(value) & set("/\\\0") or value in ("", ".", "..")):
+            raise ValueError(f"`{name}` must be a name, not a path, but is {value!r}")
 
 
 @strict
@@ -239,7 +249,9 @@ class DataRecipe:
             raise ValueError(f"give `folder` ({self.folder}) or `dataset` ({self.dataset}), not both")
         if self.pairs is not None and (self.source is not None or self.target is not None):
             raise ValueError("give `pairs`, or `source` and `target`, not both")
-        self.places()
+        _no_path(self, "train", "validation", "test")
+        for place in self.places():
+            _no_path(place, "source", "target")
 
     @property
     def longest_target(self) -> int:
@@ -311,10 +323,12 @@ class TextRecipe:
     Attributes:
         folder: Folder with files `{split}.{language}`, plain or gzip-compressed, one text a line.
         languages: The languages of the text. Each gets a tag, which is put before its sources; empty for no tags.
-        files: Instead of a folder: files with one text a line, or tables (.jsonl, .csv, .parquet, ...). A mapping of
-            languages to files, such as {en: [a.gz, b.gz], de: c.gz}, or a list of files without languages.
+        files: Instead of a folder: files with one text a line, or tables (.jsonl, .csv, .parquet, ...), or patterns
+            such as shards/*.gz. A mapping of languages to files, such as {en: [a.gz, b.gz], de: c.gz}, or, for one
+            language or none, a file or a list of them.
         dataset: Instead of a folder: id of a dataset of the Hub, or a folder that `datasets` can read.
-        dataset_config: Configuration of the dataset, where it has several.
+        dataset_config: Configuration of the dataset, where it has several; for several languages a mapping, such as
+            {en: 20231101.en, de: 20231101.de}.
         column: Column of tables and datasets with the text.
         split: Name of the split.
         streaming: Read a dataset of the Hub over the network, without downloading all of it first.
@@ -326,9 +340,9 @@ class TextRecipe:
 
     folder: str | None = None
     languages: list[str] = field(default_factory=list)
-    files: list[str] | dict[str, str | list[str]] | None = None
+    files: str | list[str] | dict[str, str | list[str]] | None = None
     dataset: str | None = None
-    dataset_config: str | None = None
+    dataset_config: str | dict[str, str] | None = None
     column: str = "text"
     split: str = "train"
     streaming: bool = False
@@ -341,18 +355,24 @@ class TextRecipe:
         """Refuse values out of range, and places that exclude each other."""
         _positive(self, "held_out")
         _not_negative(self, "max_texts")
-        if self.temperature < 1:
+        if not 1 <= self.temperature < math.inf:
             raise ValueError(f"`temperature` must be at least 1, but is {self.temperature}")
         given = [name for name in ("folder", "files", "dataset") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of `folder`, `files` and `dataset`, not {' and '.join(given)}")
         if repeated := sorted({name for name in self.languages if self.languages.count(name) > 1}):
             raise ValueError(f"`languages` has {', '.join(repeated)} more than once")
-        if isinstance(self.files, dict) and self.languages and self.languages != list(self.files):
-            raise ValueError(
-                f"`files` are of {', '.join(self.files)}, but `languages` says {', '.join(self.languages)}; leave the "
-                "latter out"
-            )
+        for name in ("files", "dataset_config"):
+            mapping = getattr(self, name)
+            if isinstance(mapping, dict) and self.languages and self.languages != list(mapping):
+                raise ValueError(
+                    f"`{name}` is of {', '.join(mapping)}, but `languages` says {', '.join(self.languages)}; leave "
+                    "the latter out"
+                )
+            for language in mapping if isinstance(mapping, dict) else self.languages:
+                language_tag(language)
+        if self.files is not None and not all(_listed(self.files)):
+            raise ValueError(f"`files` is {self.files!r}, which names no file; leave it out, or name some")
         if self.max_texts and self.max_texts <= self.held_out:
             raise ValueError(
                 f"`max_texts` ({self.max_texts}) leaves nothing to train on: `held_out` is {self.held_out} of them"
@@ -366,23 +386,25 @@ class TextRecipe:
         """
         shared: dict[str, Any] = {"column": self.column, "split": self.split, "streaming": self.streaming}
         if isinstance(self.files, dict):
+            named = zip(self.files, _listed(self.files), strict=True)
+            return [TextPlace(language, files=files, **shared) for language, files in named]
+        if isinstance(self.dataset_config, dict) and self.dataset is not None:
             return [
-                TextPlace(language, files=(named,) if isinstance(named, str) else tuple(named), **shared)
-                for language, named in self.files.items()
+                TextPlace(language, dataset=self.dataset, config=config, **shared)
+                for language, config in self.dataset_config.items()
             ]
         if self.folder is not None and self.languages:
             return [TextPlace(language, folder=self.folder, **shared) for language in self.languages]
         if (self.files or self.dataset) and len(self.languages) <= 1:
             language = self.languages[0] if self.languages else None
-            return [
-                TextPlace(
-                    language, files=tuple(self.files or ()), dataset=self.dataset, config=self.dataset_config, **shared
-                )
-            ]
+            if self.files:
+                return [TextPlace(language, files=_listed(self.files)[0], **shared)]
+            assert not isinstance(self.dataset_config, dict)
+            return [TextPlace(language, dataset=self.dataset, config=self.dataset_config, **shared)]
         if self.files or self.dataset:
             raise ValueError(
-                f"`languages` are {', '.join(self.languages)}, but nothing says which text is of which: give `files` "
-                "as a mapping, such as text.files={en: a.txt, de: b.txt}"
+                f"`languages` are {', '.join(self.languages)}, but nothing says which text is of which: give a "
+                "mapping, such as text.files={en: a.txt, de: b.txt} or text.dataset_config={en: wiki.en, de: wiki.de}"
             )
         missing = "text.languages" if self.folder else "text.folder and text.languages"
         raise ValueError(
@@ -390,6 +412,12 @@ class TextRecipe:
             "text.languages=[en,de] for files DIR/captions.en and DIR/captions.de, or text.files=[a.txt,b.txt], or "
             "text.dataset=..."
         )
+
+
+def _listed(files: str | list[str] | dict[str, str | list[str]]) -> list[tuple[str, ...]]:
+    """The files of each language, or of the text without languages."""
+    groups = list(files.values()) if isinstance(files, dict) else [files]
+    return [(group,) if isinstance(group, str) else tuple(group) for group in groups] or [()]
 
 
 @strict
@@ -414,7 +442,7 @@ class DenoisingRecipe:
         """Refuse values out of range."""
         if self.density is not None and not 0 < self.density < 1:
             raise ValueError(f"`density` must be above 0 and below 1, but is {self.density}")
-        if self.mean_span < 1:
+        if not 1 <= self.mean_span < math.inf:
             raise ValueError(f"`mean_span` must be at least 1 token, but is {self.mean_span}")
         if self.length < SHORTEST_PIECE:
             raise ValueError(f"`length` must be at least {SHORTEST_PIECE} tokens, but is {self.length}")

@@ -54,15 +54,27 @@ def describe_pretraining(recipe: Recipe) -> str:
         f"objective   {recipe.denoising.objective.replace('_', ' ')}: pieces of {recipe.denoising.length} tokens make "
         f"sources of at most {source} and targets of at most {target}",
     ]
+    all_words = 0
     for text in open_texts(recipe.text):
         count = words = 0
         for one in text.texts(recipe.text.max_texts):
             count, words = count + 1, words + len(one.split())
+        held_out = recipe.text.held_out
+        if count <= held_out:
+            raise ValueError(
+                f"{text.name} has {count:,} texts, and {held_out:,} are to be held out (`text.held_out`): nothing is "
+                "left to train on."
+            )
+        all_words += words
         language = f"{text.language}: " if text.language else ""
         lines.append(
             f"text        {language}{count:,} texts of {words / max(1, count):.1f} words, the last "
-            f"{recipe.text.held_out:,} held out; {text.name}"
+            f"{held_out:,} held out; {text.name}"
         )
+    both = recipe.training.budget_counts == "source+target"
+    pieces = _update_tokens(recipe) // (target + (source if both else 0))
+    epochs = recipe.training.max_steps * pieces * recipe.denoising.length / max(1, all_words)
+    lines.append(f"epochs      at most {epochs:,.1f} (a word has one token or more)")
     return "\n".join(lines)
 
 

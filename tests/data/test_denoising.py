@@ -1,3 +1,4 @@
+import itertools
 import re
 from collections import Counter
 from itertools import pairwise
@@ -97,11 +98,18 @@ def test_every_way_to_corrupt_is_equally_likely() -> None:
     assert all(abs(count - 1000) < 100 for count in found.values())
 
 
-def test_masks_lie_everywhere_alike() -> None:
-    # Of 4 tokens 2 are masked, so by the size of the spans each is masked half of the time.
+def test_every_place_of_the_masks_is_equally_likely() -> None:
+    # Given how many spans there are, every way to put them between the tokens that stay, counted by trying all.
     noise, generator = TextInfilling(MASK, density=0.5, mean_span=1.0), np.random.default_rng(0)
-    kept = Counter(token for _ in range(4000) for token in noise(text(4), generator)[0].tolist() if token != MASK)
-    assert all(abs(kept[token] - kept[9 - token]) < 150 for token in (3, 4))
+    found: Counter[tuple[int, ...]] = Counter()
+    for _ in range(20_000):
+        source = noise(text(4), generator)[0]
+        found[tuple((source == MASK).tolist())] += 1
+    for length, masks in {(len(shape), sum(shape)) for shape in found}:
+        counts = [found[shape] for shape in itertools.product([False, True], repeat=length) if sum(shape) == masks]
+        mean = sum(counts) / len(counts)
+        # Five standard deviations.
+        assert all(abs(count - mean) <= 5 * mean**0.5 for count in counts), (length, masks, counts)
 
 
 @pytest.mark.parametrize("noise", [SpanCorruption(SENTINELS), TextInfilling(MASK)], ids=["spans", "infilling"])
@@ -128,6 +136,14 @@ def test_pieces_cover_the_text_and_repeat(noise: Noise) -> None:
     assert second[1] == first[1]
     second.set_epoch(0)
     assert second[1] == third[1]
+
+
+def test_a_piece_that_comes_again_has_other_noise() -> None:
+    data = DenoisingPairs(text(96), TextInfilling(MASK), length=32, end=END)
+    items = data.__getitems__([1, 4, 7, 1])
+    assert items[0] == data[1] == items[3]
+    assert [item["labels"] for item in items] == [items[0]["labels"]] * 4
+    assert items[0]["input_ids"] != items[1]["input_ids"] != items[2]["input_ids"] != items[0]["input_ids"]
 
 
 def test_batches_of_pieces_keep_the_budget() -> None:

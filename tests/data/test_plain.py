@@ -75,6 +75,8 @@ def test_the_first_texts_alone(tokenizer: SparseqTokenizer, file: Path) -> None:
     assert list(held_out) == ids_of(tokenizer, LINES[8:10])
     assert report.texts == 10
     assert list(open_file(file).texts(10)) == LINES[:10]
+    assert list(open_file(file).texts(10, held_out=2)) == LINES[:8]
+    assert list(open_file(file).texts(held_out=6)) == LINES[:-6]
 
 
 def test_tokens_are_made_once(
@@ -119,9 +121,36 @@ def test_lines_that_are_not_utf8(tokenizer: SparseqTokenizer, tmp_path: Path) ->
     assert "1 left out: not UTF-8" in str(report)
 
 
+def test_patterns_and_repeated_files(tokenizer: SparseqTokenizer, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("text two 9\n")
+    both = TextPlace("en", files=(str(tmp_path / "*.*"),)).open()
+    assert list(both.files) == ["b.txt", "train.en.gz"]
+    assert list(both.texts()) == ["text two 9", *LINES]
+    twice = TextPlace("en", files=(str(tmp_path / "b.txt"),) * 2).open()
+    store = Store(tmp_path / "cache")
+    rows = [list(tokenize_text(tokenizer, one, store=store)[0]) for one in (open_file(tmp_path / "b.txt"), twice)]
+    assert rows[1] == 2 * rows[0]
+
+
+def test_special_tokens_written_out_are_text(tokenizer: SparseqTokenizer, tmp_path: Path) -> None:
+    line = "text <s>one</s> <2en> <mask>"
+    (tmp_path / "a.txt").write_text(line + "\n")
+    row = list(tokenize_text(tokenizer, open_file(tmp_path / "a.txt"))[0])
+    assert row[-1] == tokenizer.eos_token_id
+    assert not set(row[:-1]) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(row[:-1]) == line
+
+
 def test_mistakes(tokenizer: SparseqTokenizer, file: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"Did you mean train\.en\.gz\?"):
         open_file(tmp_path / "train.en.g")
+    with pytest.raises(FileNotFoundError, match=r"is a folder; name files, or give it as text\.folder"):
+        open_file(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"No file matches .*\*\.none"):
+        open_file(tmp_path / "*.none")
+    (tmp_path / "a.txt.xz").write_bytes(b"\xfd7zXZ")
+    with pytest.raises(ValueError, match=r"a\.txt\.xz is compressed in a way that is not read"):
+        tokenize_text(tokenizer, open_file(tmp_path / "a.txt.xz"))
     with pytest.raises(FileNotFoundError, match=r"has no train\.fr"):
         TextPlace("fr", folder=str(tmp_path)).open()
     with pytest.raises(ValueError, match=r"40 texts, and 40 are to be held out"):

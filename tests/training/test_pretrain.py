@@ -1,6 +1,7 @@
 """`sparseq pretrain`: plain text in, a model to fine-tune out; noise that repeats, mistakes that are told first."""
 
 import json
+import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,10 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from sparseq.cli import COMMANDS, main
 from sparseq.data.mixing import MixedPairs
+from sparseq.resources import resource_path
 from sparseq.training.pretrain import PretrainResult, pretrain
-from sparseq.training.recipes import Recipe, build_recipe
+from sparseq.training.pretrain_command import _EPILOG
+from sparseq.training.recipes import Recipe, build_recipe, load_recipe
 from sparseq.training.run import train
 from sparseq.training.trainer import SparseqTrainer
 from tests.training.resume_runs import Kill, run, sparseq_command
@@ -91,17 +94,19 @@ def test_what_the_trainer_gets(corpus: Path, tmp_path: Path, monkeypatch: pytest
                 spans[next(reversed(spans))].append(token)
         return [one for token in source for one in spans.get(token, [token])]
 
+    for name, kept in (("train_dataset", slice(0, -12)), ("eval_dataset", slice(-12, None))):
+        data = seen[0][name]
+        assert isinstance(data, MixedPairs)
+        for number, language in enumerate(("en", "de")):
+            lines = (corpus / f"train.{language}").read_text().splitlines()[kept]
+            ids = [token for line in lines for token in tokenizer(line)["input_ids"]]
+            part = data.parts[number]
+            pieces = [restored(part[index]) for index in range(len(part))]
+            assert {piece[0] for piece in pieces} == {vocabulary[f"<2{language}>"]}
+            joined = [token for piece in pieces for token in piece[1:]]
+            assert joined == ids[: len(joined)]
+            assert len(ids) - len(joined) < 8
     data = seen[0]["train_dataset"]
-    assert isinstance(data, MixedPairs)
-    for language in ("en", "de"):
-        lines = (corpus / f"train.{language}").read_text().splitlines()[:-12]
-        ids = [token for line in lines for token in tokenizer(line)["input_ids"]]
-        part = data.parts[language == "de"]
-        pieces = [restored(part[index]) for index in range(len(part))]
-        assert {piece[0] for piece in pieces} == {vocabulary[f"<2{language}>"]}
-        joined = [token for piece in pieces for token in piece[1:]]
-        assert joined == ids[: len(joined)]
-        assert len(ids) - len(joined) < 8
     # The same noise again, other noise in another epoch and at another place.
     data.set_epoch(0)
     first, again = ([data[i]["labels"] for i in range(len(data))] for _ in range(2))
@@ -110,6 +115,42 @@ def test_what_the_trainer_gets(corpus: Path, tmp_path: Path, monkeypatch: pytest
     assert first == again
     assert sum(one != other for one, other in zip(first, later, strict=True)) > len(first) / 2
     assert data.parts[0].seed != data.parts[1].seed
+
+
+def test_temperature_repeats_what_is_trained_on_with_noise_of_its_own(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    original = SparseqTrainer.__init__
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> None:
+        seen.append(kwargs)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(SparseqTrainer, "__init__", spy)
+    # Much more English than German.
+    for language, times in (("en", 12), ("de", 1)):
+        (tmp_path / f"train.{language}").write_text((corpus / f"train.{language}").read_text() * times)
+    changes = {"text": {"folder": str(tmp_path), "temperature": 5.0}, "training": {"max_steps": 1}}
+    pretrain(recipe(corpus, denoising={"objective": "text_infilling"}, **changes), tmp_path / "out", progress=False)
+    train_data, held_out = seen[0]["train_dataset"], seen[0]["eval_dataset"]
+    assert len(held_out) == sum(len(part) for part in held_out.parts)
+    german = [train_data[index] for index in range(len(train_data.parts[0]), len(train_data))]
+    assert len(german) > 1.5 * len(train_data.parts[1])
+    sources = {tuple(item["input_ids"]) for item in german}
+    assert len({tuple(item["labels"]) for item in german}) <= len(train_data.parts[1])
+    assert len(sources) == len(german)
+
+
+def test_the_tokenizer_does_not_see_what_is_held_out(corpus: Path, tmp_path: Path) -> None:
+    words = ["seen", "held"]
+    for language in ("en", "de"):
+        (tmp_path / f"train.{language}").write_text((words[0] + "\n") * 100 + (words[1] + "\n") * 12)
+    result = pretrain(
+        recipe(corpus, text={"folder": str(tmp_path)}, training={"max_steps": 1}), tmp_path / "out", progress=False
+    )
+    vocabulary = AutoTokenizer.from_pretrained(result.output_dir).get_vocab()
+    assert [f" {word}" in vocabulary for word in words] == [True, False]
 
 
 def test_it_learns_what_was_taken(corpus: Path, tmp_path: Path) -> None:
@@ -191,6 +232,16 @@ def test_a_run_is_not_continued_with_other_noise_or_text(whole: PretrainResult, 
         (tmp_path / f"train.{language}").write_text("one two three\n" * 90)
     with pytest.raises(ValueError, match="run on other text: the files of en, de"):
         pretrain(recipe(corpus, text={"folder": str(tmp_path)}), whole.output_dir, progress=False)
+    # The same in another order is other text: other lines are held out.
+    files = [str(corpus / f"train.{language}") for language in ("en", "de")]
+    values = tree(corpus, training={"max_steps": 1, "save_steps": 1})
+    for order, output in ((files, None), (files[::-1], "run on other text: the files of text")):
+        values["text"] = {"files": order, "held_out": 20}
+        if output is None:
+            pretrain(build_recipe("plain", values), tmp_path / "plain", progress=False)
+        else:
+            with pytest.raises(ValueError, match=output):
+                pretrain(build_recipe("plain", values), tmp_path / "plain", progress=False)
     # The same text somewhere else is the same run, and it is finished.
     for language in ("en", "de"):
         (tmp_path / f"train.{language}").write_bytes((corpus / f"train.{language}").read_bytes())
@@ -202,6 +253,7 @@ def test_text_without_languages(corpus: Path, tmp_path: Path) -> None:
     files = [str(corpus / "train.en"), str(corpus / "train.de")]
     values = tree(corpus, training={"max_steps": 1})
     values["text"] = {"files": files, "held_out": 20}
+    assert build_recipe("one", {**values, "text": {"files": files[0]}}).text.places()[0].files == (files[0],)
     result = pretrain(build_recipe("plain", values), tmp_path / "out", progress=False)
     assert result.languages == {}
     assert read(result.output_dir / "manifest.json")["data"]["text"]["texts"] == 180
@@ -217,9 +269,14 @@ def test_text_without_languages(corpus: Path, tmp_path: Path) -> None:
         ({"text": {"folder": None, "files": ["a.txt"]}}, r"nothing says which text is of which.*text\.files=\{en"),
         (
             {"text": {"folder": None, "files": {"en": "a", "fr": "b"}}},
-            "`files` are of en, fr, but `languages` says en",
+            "`files` is of en, fr, but `languages` says en",
         ),
         ({"text": {"languages": ["en", "en"]}}, "`languages` has en more than once"),
+        ({"text": {"folder": None, "languages": [], "files": {}}}, r"`files` is \{\}, which names no file"),
+        ({"text": {"folder": None, "languages": [], "files": {"en": []}}}, "which names no file"),
+        ({"text": {"languages": ["e n"]}}, "'e n' is not a language code"),
+        ({"text": {"temperature": float("nan")}}, "`temperature` must be at least 1, but is nan"),
+        ({"denoising": {"mean_span": float("inf")}}, "`mean_span` must be at least 1 token, but is inf"),
         ({"text": {"held_out": 0}}, "`held_out` must be above 0, but is 0"),
         ({"text": {"max_texts": 12}}, r"`max_texts` \(12\) leaves nothing to train on"),
         ({"text": {"languges": ["en"]}}, "no key `languges` .did you mean `languages`"),
@@ -235,7 +292,7 @@ def test_text_without_languages(corpus: Path, tmp_path: Path) -> None:
                 "model": {"position_embedding_type": "learned", "max_position_embeddings": 40},
                 "denoising": {"length": 39},
             },
-            r"learned positions end at `model\.max_position_embeddings` \(40\)",
+            r"learned positions end at `model\.max_position_embeddings` \(40\).* piece of `denoising\.length` 41",
         ),
     ],
 )
@@ -248,6 +305,42 @@ def test_mistakes_are_told_before_anything_is_written(
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         pretrain(build_recipe("toy", values), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_text_too_short_for_the_processes_or_the_tokenizer(corpus: Path, tmp_path: Path) -> None:
+    """Told before training, not behind it."""
+    short = recipe(corpus, text={"held_out": 1}, denoising={"length": 256}, training={"tokens_per_batch": 256})
+    for language in ("en", "de"):
+        (tmp_path / f"train.{language}").write_text("one two three\n" * 90 + "one\n")
+    short = replace(short, text=replace(short.text, folder=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"tokens of <2en>, to train on or held out, make 0 pieces of 256"):
+        pretrain(short, tmp_path / "short", progress=False)
+    assert not (tmp_path / "short" / "checkpoints").exists()
+    with pytest.raises(ValueError, match=r"`tokenizer\.path`"):
+        pretrain(recipe(corpus, tokenizer={"path": str(tmp_path / "nowhere")}), tmp_path / "none", progress=False)
+
+
+def test_several_configurations_of_a_dataset(corpus: Path) -> None:
+    values = tree(corpus)
+    values["text"] = {"dataset": "some/wiki", "dataset_config": {"en": "2023.en", "de": "2023.de"}}
+    places = build_recipe("wiki", values).text.places()
+    assert [(place.language, place.dataset, place.config) for place in places] == [
+        ("en", "some/wiki", "2023.en"),
+        ("de", "some/wiki", "2023.de"),
+    ]
+
+
+def test_the_objective_decides_the_density() -> None:
+    assert load_recipe("pretrain-tiny", ["denoising.objective=text_infilling"]).denoising.density is None
+
+
+def test_the_examples_of_help_and_docs_are_recipes() -> None:
+    page = resource_path("recipes").parent / "docs" / "pretraining.md"
+    lines = [line.strip() for text in (_EPILOG, page.read_text()) for line in text.splitlines()]
+    commands = [shlex.split(line) for line in lines if line.startswith("sparseq pretrain ")]
+    assert len(commands) >= 8
+    for _, _, name, *words in commands:
+        load_recipe(name, [word for word in words if "=" in word and not word.startswith("--")])
 
 
 def test_each_command_refuses_the_other_ones_recipe(corpus: Path, tmp_path: Path) -> None:
@@ -267,6 +360,9 @@ def test_the_command(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "pieces of 32 tokens make sources of at most 31 and targets of at most 8" in shown
     assert "text        en: 90 texts of 4.0 words, the last 12 held out" in shown
+    assert "epochs      at most " in shown
+    assert main(["pretrain", str(config), "text.held_out=90", "--dry-run"], COMMANDS) == 2
+    assert "90 texts, and 90 are to be held out" in capsys.readouterr().err
     assert not Path(output).exists()
     assert main(["pretrain", str(config), "training.max_steps=1", "--output", output], COMMANDS) == 0
     shown = capsys.readouterr().out
