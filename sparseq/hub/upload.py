@@ -272,7 +272,8 @@ def loading_code(check: FolderCheck, name: str, revision: str) -> str:
     """The Python that loads what was pushed, pinned to the commit: weights, tokenizer and code."""
     auto_class, pin = check.auto_class, f'revision="{revision}"'
     has_tokenizer = any(entry.path == "tokenizer.json" for entry in check.uploads)
-    tokenizer = [f'tokenizer = AutoTokenizer.from_pretrained("{name}", {pin})'] if has_tokenizer else []
+    # Said explicitly: asked for nothing, AutoTokenizer would ask whether to trust code that it does not need.
+    tokenizer = [f'tokenizer = AutoTokenizer.from_pretrained("{name}", {pin}, trust_remote_code=False)']
     imports = f"from transformers import {auto_class}{', AutoTokenizer' if has_tokenizer else ''}"
     if check.kind == "model":
         model = [f'model = {auto_class}.from_pretrained("{name}", {pin}, trust_remote_code=True)']
@@ -284,7 +285,7 @@ def loading_code(check: FolderCheck, name: str, revision: str) -> str:
             *(["base.resize_token_embeddings(len(tokenizer))"] if check.grows_vocabulary and has_tokenizer else []),
             f'model = PeftModel.from_pretrained(base, "{name}", {pin})',
         ]
-    return "\n".join([imports, "", *tokenizer, *model])
+    return "\n".join([imports, "", *(tokenizer if has_tokenizer else []), *model])
 
 
 def require_access() -> None:
