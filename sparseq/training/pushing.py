@@ -33,6 +33,8 @@ _NOT_PUSHED = ("_*", "checkpoint-*", "training_args.bin", "*.pt", "*.pth")
 # In a checkpoint besides the model and its tokenizer. PEFT drafts a card in every one.
 _NOT_OF_THE_MODEL = (*_NOT_PUSHED, "*.bin", "trainer_state.json", NOTE_FILE, CARD)
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# Of an earlier model in the repository: one file would be loaded in place of new shards. And a stock Trainer's pickle.
+_REPLACED = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "training_args.bin")
 
 # What a card says of the arguments, where they are set.
 _ARGUMENTS = (
@@ -48,6 +50,7 @@ class HubTrainer(Seq2SeqTrainer):
     - A push during training is one commit with the model, its code, its tokenizer and its card, and with the
       strategies "checkpoint" and "all_checkpoints" the checkpoint in a folder of its own, from which training can go
       on. It is a snapshot: neither later saves nor the deletion of old checkpoints touch what is being uploaded.
+    - Weights of an earlier model in the repository go with the same commit.
     - The main folder never has training_args.bin or states of optimizer, schedule and random numbers. A checkpoint's
       folder has them, as Trainer's own pushes do: it cannot be resumed from without them.
     - The card is `sparseq.hub.card`'s. Metadata that the README.md in the output folder has already stays, and so does
@@ -180,6 +183,7 @@ class HubTrainer(Seq2SeqTrainer):
             token=token,
             run_as_future=not blocking,  # type: ignore[call-overload]  # either literal
             ignore_patterns=list(_NOT_PUSHED),
+            delete_patterns=self._replaced(),
             revision=self.args.hub_revision if revision is None else revision,
         )
 
@@ -201,6 +205,7 @@ class HubTrainer(Seq2SeqTrainer):
             commit_message=f"Training in progress, {at}",
             token=self.args.hub_token,
             run_as_future=True,
+            delete_patterns=self._replaced(),
             revision=self.args.hub_revision,
         )
         job.add_done_callback(lambda done: _after_push(done, snapshot, at))
@@ -229,6 +234,11 @@ class HubTrainer(Seq2SeqTrainer):
 
     def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
+
+    def _replaced(self) -> list[str] | None:
+        """Patterns of files that a push deletes where it has none of the name."""
+        # An adapter takes the place of no weights.
+        return None if hasattr(self._unwrapped(), "peft_config") else list(_REPLACED)
 
     def _observed(self) -> CardFacts:
         """What the trainer itself knows."""
