@@ -401,7 +401,7 @@ def _limits(recipe: Mapping[str, Any], places: Sequence[_Place]) -> list[str]:
 
 def _metadata(text: str) -> dict[str, Any]:
     match = _METADATA.match(text)
-    data = _scalar(match[1]) if match else None
+    data = _parsed(match[1]) if match else None
     return data if isinstance(data, dict) else {}
 
 
@@ -432,7 +432,7 @@ def _trainer_text(text: str) -> dict[str, Any]:
         heading: re.findall(r"^- (.+?): (.+)$", block, flags=re.MULTILINE)
         for heading, block in re.findall(r"^### (.+?)\n(.*?)(?=^#|\Z)", text, flags=re.MULTILINE | re.DOTALL)
     }
-    arguments = {name: _scalar(value) for name, value in lists.get("Training hyperparameters", [])}
+    arguments = {name: _argument(value) for name, value in lists.get("Training hyperparameters", [])}
     versions = re.findall(r"^- (Transformers|Pytorch|Datasets|Tokenizers|PEFT) (\S+)$", text, flags=re.MULTILINE)
     return {
         "recipe": arguments,
@@ -441,11 +441,17 @@ def _trainer_text(text: str) -> dict[str, Any]:
     }
 
 
-def _scalar(text: str) -> Any:
+def _argument(text: str) -> Any:
+    value = _parsed(text)
+    # A sentence may look like a mapping.
+    return value if isinstance(value, (bool, int, float, str)) else text
+
+
+def _parsed(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
-        return text
+        return None
 
 
 def _strings(value: Any) -> list[str]:
