@@ -16,8 +16,11 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from transformers.dynamic_module_utils import get_relative_imports
 
-from sparseq.hub.card import check_card
+from sparseq.hub.card_check import check_card
 from sparseq.hub.contents import LARGEST, Entry, format_size, read_contents
+from sparseq.hub.eval_results import FOLDER as EVAL_RESULTS
+from sparseq.hub.eval_results import check_eval_results
+from sparseq.hub.facts import is_draft, is_ours
 from sparseq.modeling_sparseq import AUTO_MAP
 
 Kind = Literal["model", "adapter"]
@@ -130,6 +133,7 @@ class _Reading:
                 self._generation_config()
         else:
             details = self._adapter()
+        self._eval_results()
         entries = read_contents(self.folder, code=code, card=card)
         refused = [f"{entry.path}: {entry.reason}" for entry in entries if entry.fate == "refuse"]
         return FolderCheck(
@@ -167,9 +171,21 @@ class _Reading:
                 check_card(text)
             except (ValueError, yaml.YAMLError) as error:
                 self.problems.append(f"README.md: {' '.join(str(error).split())}")
+            except (TypeError, AttributeError, KeyError) as error:
+                self.problems.append(f"README.md: its metadata are not of the form that the Hub reads ({error})")
             else:
+                if is_draft(text) and not is_ours(text):
+                    self.notes.append("README.md is a draft of Trainer or PEFT: `sparseq card` writes a full one")
                 return text
         return ""
+
+    def _eval_results(self) -> None:
+        for path in sorted(self.folder.glob(f"{EVAL_RESULTS}/*.y*ml")):
+            if path.is_file() and path.stat().st_size <= LARGEST:
+                try:
+                    check_eval_results(path.read_text("utf-8"))
+                except ValueError as error:
+                    self.problems.append(f"{EVAL_RESULTS}/{path.name}: {' '.join(str(error).split())}")
 
     def _auto_map(self, config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
         """Auto class to the file and the name of the class that it loads, as far as they are sound."""

@@ -13,13 +13,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
+from sparseq.hub.eval_results import FOLDER as EVAL_RESULTS
+
 Fate = Literal["upload", "leave out", "refuse"]
 
 LARGEST = 100 * 2**20
 """Bytes that a file other than weights may have. The largest tokenizer.json of public models have about 35 MB."""
-
-EVAL_RESULTS = ".eval_results"
-"""The folder in which the Hub looks for evaluation results, as YAML."""
 
 _WEIGHTS = "weights"
 _TOKENIZER = "tokenizer"
@@ -52,13 +51,14 @@ _LEFT_OUT_FILES = (
     ((".gitattributes", ".gitignore", ".DS_Store", "Thumbs.db", "desktop.ini"), _SYSTEM),
 )
 _LEFT_OUT_FOLDERS = (
-    (("checkpoints", "checkpoint-*", "_incomplete"), "checkpoints of the run"),
+    ((".git", ".cache", "__pycache__", ".ipynb_checkpoints"), _SYSTEM),
+    (("checkpoints", "checkpoint-*", "last-checkpoint"), "checkpoints of the run"),
+    (("_*",), "an unfinished save or push of the run"),
     (("global_step*", "optimizer_*", "pytorch_model_fsdp*"), _STATE),
     (("cache", "data", "data.partial"), "text and tokens of the run, which may not be yours to publish"),
     (("tokenizer",), "the run's own copy of the tokenizer"),
     (("merged", "hub"), "a model folder of its own: push it by itself"),
     (("runs", "logs", "wandb", "mlruns", "inspection"), "logs and reports"),
-    ((".git", ".cache", "__pycache__", ".ipynb_checkpoints"), _SYSTEM),
 )
 _SECRETS = (
     *(".env", ".env.*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "id_rsa*", "id_ed25519*", ".netrc", "_netrc"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -177,15 +178,22 @@ def check_loads(check: FolderCheck) -> None:
 
     Raises:
         ValueError: It does not load or run.
+        OSError: There is no room for temporary files.
     """
-    failure = load_alone(
-        check.folder,
-        [entry.path for entry in check.uploads],
-        auto_class=check.auto_class,
-        base_model=check.base_model,
-        base_revision=check.base_revision,
-        grows_vocabulary=check.grows_vocabulary,
-    )
+    try:
+        failure = load_alone(
+            check.folder,
+            [entry.path for entry in check.uploads],
+            auto_class=check.auto_class,
+            base_model=check.base_model,
+            base_revision=check.base_revision,
+            grows_vocabulary=check.grows_vocabulary,
+        )
+    except OSError as error:
+        raise OSError(
+            f"The check needs a few megabytes in {tempfile.gettempdir()} ({error.strerror or error}): make room "
+            "there, or name another folder with TMPDIR."
+        ) from error
     if failure:
         raise ValueError(f"{check.folder} does not work where sparseq is not installed: {failure}")
 

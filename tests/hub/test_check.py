@@ -93,6 +93,11 @@ def append(folder: Path, name: str, text: str) -> None:
     path.write_text(path.read_text("utf-8") + text, "utf-8")
 
 
+def edit_eval_results(folder: Path, text: str) -> None:
+    (folder / ".eval_results").mkdir()
+    (folder / ".eval_results" / "someone--captions.yaml").write_text(text, "utf-8")
+
+
 def fates(check: FolderCheck, fate: str) -> set[str]:
     return {entry.path for entry in check.entries if entry.fate == fate}
 
@@ -136,7 +141,12 @@ def test_what_training_leaves_behind_is_left_out(folder: Path) -> None:
         *("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "rng_state_1.pth", "scaler.pt"),
         *("trainer_state.json", "saved_files.json", "recipe.json", "results.json", "manifest.json", "text.json"),
         *("test.de.translated", "train.log", "events.out.tfevents.1", ".gitattributes", ".DS_Store"),
-        *("checkpoint-5/optimizer.pt", "checkpoints/checkpoint-5/model.safetensors", "_incomplete/config.json"),
+        *(
+            "checkpoint-5/optimizer.pt",
+            "checkpoints/checkpoint-5/model.safetensors",
+            "_incomplete/config.json",
+            "_push-1/x.json",
+        ),
         *("cache/x.arrow", "data/train.en", "tokenizer/tokenizer.json", "merged/config.json", "runs/a/b", ".git/HEAD"),
     ]
     for name in files:
@@ -155,12 +165,13 @@ def test_what_training_leaves_behind_is_left_out(folder: Path) -> None:
 
 def test_what_else_is_uploaded(folder: Path) -> None:
     append(folder, "README.md", "\n![Load](load.png)\n")
-    (folder / ".eval_results").mkdir()
-    for name in ("load.png", "LICENSE", "CITATION.cff", "chat_template.jinja", ".eval_results/captions.yaml"):
+    edit_eval_results(folder, "- dataset: {id: someone/captions, task_id: default}\n  value: 29.5\n")
+    added = {"load.png", "LICENSE", "CITATION.cff", "chat_template.jinja"}
+    for name in added:
         (folder / name).write_bytes(b"x")
+    added.add(".eval_results/someone--captions.yaml")
     check = check_folder(folder)
     assert check.problems == ()
-    added = {"load.png", "LICENSE", "CITATION.cff", "chat_template.jinja", ".eval_results/captions.yaml"}
     assert fates(check, "upload") == UPLOADS | added
 
 
@@ -282,6 +293,14 @@ DEFECTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no card": (lambda f: (f / "README.md").unlink(), "README.md, the model card, is missing"),
     "card without metadata": (lambda f: (f / "README.md").write_text("# Mine\n"), "README.md: The model card has no"),
     "card with bad YAML": (lambda f: (f / "README.md").write_text("---\na: [\n---\n"), "README.md: "),
+    "card of another form": (
+        lambda f: (f / "README.md").write_text("---\nmodel-index: [x]\nlibrary_name: x\ntags: [x]\n---\n"),
+        "README.md: its metadata are not of the form",
+    ),
+    "evaluation results of another form": (
+        lambda f: edit_eval_results(f, "- dataset: 3"),
+        ".eval_results/someone--captions.yaml: The evaluation results are not valid: entry 0 has no `dataset`",
+    ),
     "card not UTF-8": (lambda f: (f / "README.md").write_bytes(b"---\n\xff\n---\n"), "README.md: "),
     "adapter in the same folder": (
         lambda f: (f / "adapter_config.json").write_text("{}"),
@@ -387,9 +406,11 @@ def test_folders_without_a_model(good: Path, tmp_path: Path) -> None:
 def test_notes_stop_nothing(folder: Path) -> None:
     edit(folder, "generation_config.json", max_length=None)
     append(folder, "modeling_sparseq.py", "\n# edited\n")
+    (folder / "README.md").write_text(ADAPTER_CARD + "\n[More Information Needed]\n", "utf-8")
     check = check_folder(folder)
     assert check.problems == ()
-    assert [note.partition(" ")[0] for note in check.notes] == ["modeling_sparseq.py", "generation_config.json"]
+    starts = [note.partition(" ")[0] for note in check.notes]
+    assert starts == ["README.md", "modeling_sparseq.py", "generation_config.json"]
 
 
 def test_reading_runs_no_code(folder: Path, tmp_path: Path) -> None:
