@@ -164,7 +164,7 @@ class _Reading:
     def _card(self) -> str:
         path = self.folder / "README.md"
         if not path.is_file():
-            self.problems.append("README.md, the model card, is missing: `sparseq card` writes one")
+            self.problems.append("README.md, the model card, is missing: `sparseq card FOLDER` writes one")
         elif path.stat().st_size <= LARGEST:
             try:
                 text = path.read_text("utf-8")
@@ -175,7 +175,7 @@ class _Reading:
                 self.problems.append(f"README.md: its metadata are not of the form that the Hub reads ({error})")
             else:
                 if is_draft(text) and not is_ours(text):
-                    self.notes.append("README.md is a draft of Trainer or PEFT: `sparseq card` writes a full one")
+                    self.notes.append("README.md is a draft of Trainer or PEFT: `sparseq card FOLDER` writes a full one")
                 return text
         return ""
 
@@ -396,6 +396,7 @@ def describe_contents(check: FolderCheck) -> list[str]:
     for fate, title in (("upload", "to upload"), ("leave out", "left out"), ("refuse", "refused")):
         entries = [entry for entry in check.entries if entry.fate == fate]
         if entries:
-            lines.append(f"{title}: {len(entries)} entries, {format_size(sum(entry.size for entry in entries))}")
+            count = "1 entry" if len(entries) == 1 else f"{len(entries)} entries"
+            lines.append(f"{title}: {count}, {format_size(sum(entry.size for entry in entries))}")
         lines += [f"  {entry.path:<{width}}  {format_size(entry.size):>7}  {entry.reason}" for entry in entries]
     return lines
