@@ -107,19 +107,23 @@ def run(args: argparse.Namespace) -> int:
     stacks, notes = _choose_stacks(args, config, groups)
     device = _device(args.device)
 
-    from transformers import AutoModel, AutoModelForTextEncoding, AutoTokenizer
+    from transformers import AutoModel, AutoModelForTextEncoding
 
+    from sparseq.hub.loading import check_folder, load_model, load_tokenizer
     from sparseq.inspection.report import data_notes, show, write
     from sparseq.inspection.survey import inspect_experts
 
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    tokenizer = load_tokenizer(args.checkpoint)
     notes += _check_tags(groups, tokenizer)
     folder = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path()
     output = args.output or folder / "inspection"
+    if Path(args.checkpoint).is_dir():
+        check_folder(args.checkpoint)
     output.mkdir(parents=True, exist_ok=True)
     auto = AutoModel if "decoder" in stacks else AutoModelForTextEncoding
+    model: Any = load_model(auto, args.checkpoint)
     routings = inspect_experts(
-        auto.from_pretrained(args.checkpoint).to(device),
+        model.to(device),
         tokenizer,
         groups,
         stacks=stacks,
@@ -148,15 +152,9 @@ def _check_numbers(args: argparse.Namespace) -> None:
 
 def _load_config(checkpoint: str) -> Any:
     """The configuration of a sparse model of ours."""
-    from transformers import AutoConfig
+    from sparseq.hub.loading import load_config
 
-    import sparseq  # noqa: F401  # registers the model type with the Auto classes
-
-    try:
-        config = AutoConfig.from_pretrained(checkpoint)
-    except OSError as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f"{checkpoint} is neither a folder with a model nor a model on the Hub: {first}") from error
+    config = load_config(checkpoint)
     if not hasattr(config, "sparse_layers"):
         raise ValueError(
             f"{checkpoint} is a model of type {config.model_type!r}: only the experts of Sparseq models can be "

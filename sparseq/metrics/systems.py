@@ -5,17 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 from transformers.tokenization_utils_base import LARGE_INTEGER
 from transformers.utils.logging import disable_progress_bar
 
-import sparseq  # noqa: F401  # registers the model type with the Auto classes
 from sparseq.data.lines import read_lines
+from sparseq.hub.loading import check_folder, load_config, load_model, load_tokenizer
 from sparseq.tokenization_sparseq import source_prefix
 from sparseq.training.evaluation import translate_batchwise
-
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ class System:
         if max_source_length is None and self.tokenizer.model_max_length < LARGE_INTEGER:
             max_source_length = self.tokenizer.model_max_length
         return translate_batchwise(
-            AutoModelForSeq2SeqLM.from_pretrained(self.name),
+            load_model(AutoModelForSeq2SeqLM, self.name),
             self.tokenizer,
             sources,
             prefix=source_prefix(self.tokenizer, target) if target is not None else "",
@@ -79,7 +77,7 @@ def open_system(name: str, *, lines: int) -> System:
     Raises:
         FileNotFoundError: `name` can only be a path, and nothing is there.
         ValueError: The file has another number of lines; or the folder or Hub id holds no sequence-to-sequence model
-            with weights and a tokenizer.
+            with a tokenizer and weights in safetensors, or files of it are damaged.
     """
     path = Path(name)
     if path.is_file():
@@ -95,7 +93,7 @@ def open_system(name: str, *, lines: int) -> System:
     elif _is_path(name):
         raise FileNotFoundError(_nothing_at(path))
     _check_config(name)
-    return System(name, tokenizer=_tokenizer(name))
+    return System(name, tokenizer=load_tokenizer(name))
 
 
 def _is_path(name: str) -> bool:
@@ -120,37 +118,17 @@ def _check_folder(folder: Path) -> None:
         inside = sorted({path.parent.relative_to(folder) for path in folder.glob("**/config.json")})[:5]
         hint = f" Models are in its {', '.join(map(str, inside))}." if inside else ""
         raise ValueError(f"{folder} has no config.json, so it is no model's folder.{hint}")
-    if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
-        raise ValueError(f"{folder} has a configuration but no weights (model.safetensors, or shards with an index).")
+    try:
+        check_folder(folder)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{folder} has a configuration but no weights (model.safetensors, or shards with an index)."
+        ) from error
 
 
 def _check_config(name: str) -> None:
     if (Path(name) / "adapter_config.json").is_file():
         return
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except OSError as error:
-        if Path(name).is_dir():
-            raise ValueError(f"{name}/config.json cannot be read: {_first_line(error)}") from error
-        raise ValueError(
-            f"There is no folder or file {name}, and no model of that name could be read from the Hub: "
-            f"{_first_line(error)}"
-        ) from error
-    remote = getattr(config, "auto_map", None) or {}
-    if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and "AutoModelForSeq2SeqLM" not in remote:
+    config = load_config(name)
+    if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         raise ValueError(f"{name} is a model of type {config.model_type!r}, which is not sequence-to-sequence.")
-
-
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name} has no tokenizer that can be loaded ({_first_line(error)}). Save it beside the weights: "
-            f"tokenizer.save_pretrained({name!r})."
-        ) from error
-    return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -81,15 +81,18 @@ def write_average(checkpoints: Sequence[str | Path], output: str | Path, *, forc
         FileNotFoundError: A checkpoint does not exist, or has no safetensors weights.
         FileExistsError: `output` exists, and `force` is not given or would not be safe.
         ValueError: There are fewer than two checkpoints, or one is given twice, is an adapter, is quantized, cannot
-            be read, or differs from the others in architecture or vocabulary.
+            be read, differs from the others in architecture or vocabulary, or is a Sparseq model whose weights do
+            not fit its configuration.
     """
     from safetensors import SafetensorError
 
+    from sparseq.hub.loading import check_folder
     from sparseq.training.averaging import average_checkpoints
 
     folders, output = [Path(checkpoint) for checkpoint in checkpoints], Path(output)
     _check_output(output, folders, force)
     _check_alike(folders)
+    check_folder(folders[-1])
     try:
         weights = average_checkpoints(folders)
     except SafetensorError as error:
@@ -209,6 +212,8 @@ def _json(path: Path) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read ({error}): was its saving cut short?") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, but holds a {type(content).__name__}.")
     return content
 
 

@@ -1,17 +1,13 @@
 """Averaging the weights of several checkpoints (Vaswani et al. 2017, section 6.1)."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
+from sparseq.hub.loading import tensor_files
 from sparseq.training.checkpoints import complete_checkpoints as complete_checkpoints
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_ADAPTER = "adapter_model.safetensors"
 
 
 def average_checkpoints(checkpoints: Sequence[str | Path]) -> dict[str, torch.Tensor]:
@@ -28,13 +24,14 @@ def average_checkpoints(checkpoints: Sequence[str | Path]) -> dict[str, torch.Te
         `strict=False`.
 
     Raises:
-        ValueError: There are no checkpoints, their tensors differ in name or shape, or one is not finite.
+        ValueError: There are no checkpoints, their tensors differ in name or shape, one is not finite, or a file is
+            damaged.
         FileNotFoundError: A folder has no safetensors weights.
     """
     folders = [Path(checkpoint) for checkpoint in checkpoints]
     if not folders:
         raise ValueError("There is no checkpoint to average.")
-    files = [_tensor_files(folder) for folder in folders]
+    files = [tensor_files(folder) for folder in folders]
     for folder, tensors in zip(folders, files, strict=True):
         if tensors.keys() != files[-1].keys():
             odd = sorted(tensors.keys() ^ files[-1].keys())[:5]
@@ -60,18 +57,6 @@ def average_checkpoints(checkpoints: Sequence[str | Path]) -> dict[str, torch.Te
             total += tensor
         averaged[name] = (total / len(folders)).to(last.dtype)
     return averaged
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Name of each tensor to the file that holds it."""
-    if (folder / _INDEX).is_file():
-        weight_map = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in weight_map.items()}
-    files = [folder / name for name in (_SINGLE, _ADAPTER) if (folder / name).is_file()]
-    if not files:
-        raise FileNotFoundError(f"{folder} has none of {_SINGLE}, {_INDEX} and {_ADAPTER}.")
-    with safe_open(files[0], framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), files[0])
 
 
 def _read(path: Path, name: str) -> torch.Tensor:

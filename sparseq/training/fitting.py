@@ -74,7 +74,10 @@ def load_or_train_tokenizer(
     """
     section = recipe.tokenizer
     if section.path is not None:
-        return load_tokenizer(section.path)
+        try:
+            return load_tokenizer(section.path)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"`tokenizer.path`: {error}") from error
     folder = output_dir / TOKENIZER
     if not folder.is_dir():
         from sparseq.training.tokenizer import train_tokenizer
@@ -132,11 +135,11 @@ def describe_model(model: Any) -> str:
 
 
 def check_hub(recipe: Recipe) -> None:
-    """Notice before anything is read that a run could not be pushed: its section hub, the token, the repository.
+    """Notice before anything is read that a run could not be pushed; makes the repository if there is none.
 
     Raises:
         ValueError: No repository is named, or what would be pushed to it is of no use there.
-        OSError: There is no token, or the Hub cannot be reached or does not accept it.
+        OSError: There is no token, it may not write there, or the Hub cannot be reached.
     """
     hub = recipe.hub
     if hub is None:
@@ -154,9 +157,14 @@ def check_hub(recipe: Recipe) -> None:
             f"recipe {recipe.name}: `hub.eval_task` ({hub.eval_task}) is a task of a benchmark of the Hub, but "
             "`data.dataset` names none; leave it out"
         )
-    from sparseq.hub.upload import read_repository, require_access
+    from huggingface_hub import HfApi
+
+    from sparseq.hub.upload import explained, read_repository, require_access
 
     require_access()
+    with explained(hub.repo):
+        HfApi().create_repo(hub.repo, private=hub.private, exist_ok=True)
+        HfApi().auth_check(hub.repo, write=True)
     held = read_repository(hub.repo).files
     other = "config.json" if recipe.lora is not None else "adapter_config.json"
     if other in held:

@@ -8,18 +8,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import (
-    AutoConfig,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-import sparseq  # noqa: F401  # registers the model type with the Auto classes
 from sparseq.data.denoising import add_denoising_tokens
 from sparseq.data.lines import file_hash
+from sparseq.hub import loading
 from sparseq.tokenization_sparseq import SparseqTokenizer, language_tag
 from sparseq.training.lora import lora_config
 from sparseq.training.recipes import Recipe
@@ -77,12 +71,11 @@ def open_checkpoint(recipe: Recipe, output_dir: Path | None = None) -> Checkpoin
             f"`start.checkpoint` ({start.checkpoint}) lies in the output folder {output_dir}, which would be written "
             "over. Give another --output."
         )
-    config: Any = AutoConfig.from_pretrained(folder, **recipe.model)
-    # Changes are applied without being checked.
-    config.validate_architecture()
+    config = _changed_config(folder, recipe)
     _check_balancing(folder, config)
+    loading.check_folder(folder)
     recipe.check_lengths(config)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = loading.load_tokenizer(folder)
     named = f"`start.checkpoint` ({start.checkpoint}) has a tokenizer"
     check_special_tokens(tokenizer, config, named, "Save the model's own tokenizer there")
     if len(tokenizer) > config.vocab_size:
@@ -107,19 +100,22 @@ def load_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """The checkpoint's model in float32, with a row for each new language tag: the mean of the tags that it knows.
 
     Raises:
-        ValueError: The weights do not fill the model.
+        ValueError: The weights do not fill the model, or are damaged.
     """
     config = checkpoint.config
-    vocab_size, config.vocab_size = config.vocab_size, _read_config(checkpoint.folder)["vocab_size"]
-    # float32 whatever the checkpoint's type: small steps would be lost in bfloat16 weights.
-    model, report = AutoModelForSeq2SeqLM.from_pretrained(
-        checkpoint.folder, config=config, dtype=torch.float32, output_loading_info=True
+    vocab_size, config.vocab_size = (
+        config.vocab_size,
+        loading.read_json(checkpoint.folder / "config.json")["vocab_size"],
     )
-    # Biases of loss-free balancing begin at zero where the checkpoint was balanced otherwise.
-    lacking = [name for name in report["missing_keys"] if not name.endswith("e_score_correction_bias")]
-    if lacking or report["mismatched_keys"]:
-        named = sorted(lacking) + sorted(str(key) for key in report["mismatched_keys"])
-        raise ValueError(f"The weights in {checkpoint.folder} do not fill the model: {', '.join(named[:5])}.")
+    model: Any = loading.load_model(
+        AutoModelForSeq2SeqLM,
+        checkpoint.folder,
+        # Biases of loss-free balancing begin at zero where the checkpoint was balanced otherwise.
+        may_lack=["e_score_correction_bias"],
+        config=config,
+        # Whatever the checkpoint's type: small steps would be lost in bfloat16 weights.
+        dtype=torch.float32,
+    )
     model.name_or_path = checkpoint.name
     if vocab_size > model.config.vocab_size:
         model.resize_token_embeddings(vocab_size, mean_resizing=False)
@@ -221,14 +217,18 @@ def _check_files(folder: Path, named: str) -> None:
             way_out = f"start from {merged}" if merged.is_dir() else "merge it first (`merge_and_unload`), and save it"
             raise ValueError(f"`start.checkpoint` ({named}) is an adapter, not a model: {way_out}.")
         raise ValueError(f"`start.checkpoint` ({named}) has no config.json, so it is no model.")
-    kind = _read_config(folder).get("model_type")
+    kind = loading.read_json(folder / "config.json").get("model_type")
     if kind != "sparseq":
         raise ValueError(
             f"`start.checkpoint` ({named}) is a model of type {kind!r}, but `sparseq train` fine-tunes Sparseq "
             "models; a stock Seq2SeqTrainer trains others."
         )
-    if not any((folder / name).is_file() for name in _WEIGHTS):
-        raise ValueError(f"`start.checkpoint` ({named}) has no weights: there is no {' or '.join(_WEIGHTS)}.")
+    try:
+        loading.tensor_files(folder)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"`start.checkpoint` ({named}) has no weights: there is no {' or '.join(_WEIGHTS)}."
+        ) from error
     if not (folder / "tokenizer.json").is_file():
         raise ValueError(
             f"`start.checkpoint` ({named}) has no tokenizer.json. Save the tokenizer that the model was trained with "
@@ -236,8 +236,21 @@ def _check_files(folder: Path, named: str) -> None:
         )
 
 
+def _changed_config(folder: Path, recipe: Recipe) -> Any:
+    """The checkpoint's configuration with the recipe's changes."""
+    config = loading.load_config(folder)
+    try:
+        for name, value in recipe.model.items():
+            setattr(config, name, value)
+    except StrictDataclassError as error:
+        raise ValueError(f"recipe {recipe.name}, section model: {' '.join(str(error).split())}") from error
+    # Each value was checked by itself.
+    config.validate_architecture()
+    return config
+
+
 def _check_balancing(folder: Path, config: Any) -> None:
-    before = _read_config(folder).get("router_balancing", type(config)().router_balancing)
+    before = loading.read_json(folder / "config.json").get("router_balancing", type(config)().router_balancing)
     if before == "loss_free" and config.router_balancing != before:
         raise ValueError(
             f'`model.router_balancing` is "{config.router_balancing}", but the checkpoint\'s is "loss_free": without '
@@ -297,7 +310,3 @@ def _lora_config(config: Any, section: LoraRecipe, **options: Any) -> Any:
 def _revision(start: StartRecipe, checkpoint: Checkpoint) -> str | None:
     """The commit of the Hub that an adapter was trained on, so that it stays with it; None for a folder."""
     return None if checkpoint.name != start.checkpoint else checkpoint.folder.name
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    return PretrainedConfig.get_config_dict(folder)[0]

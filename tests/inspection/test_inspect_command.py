@@ -305,7 +305,7 @@ def test_models_without_the_experts_asked_for(
 def test_a_model_that_is_not_there(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fails(tmp_path / "nothing", "--data", corpus / "test.en")
     first, *rest = capsys.readouterr().err.splitlines()
-    assert "nothing is neither a folder with a model nor a model on the Hub" in first
+    assert "nothing, and no model of that name could be read from the Hub" in first
     assert len(rest) == 1, "one line, and the hint about --debug"
 
 
