@@ -6,6 +6,7 @@ What each job does is said at its function; it works in a folder of its name bel
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -142,15 +143,24 @@ def read_card(repo: str) -> str:
 
 
 def recipe(folder: Path) -> None:
-    """`sparseq train` with a section hub."""
+    """`sparseq train` with a section hub: without a token, without the right to write, and with both."""
     corpus = folder / "corpus"
     from tests.training.toy import toy_recipe, write_corpus
 
     write_corpus(corpus)
     plain = toy_recipe(corpus, eval_steps=0).to_dict()
     (folder / "toy.yaml").write_text(json.dumps(plain), "utf-8")
-    words = ["train", str(folder / "toy.yaml"), "hub.repo=owner/run", "hub.private=true", "hub.strategy=checkpoint"]
-    assert sparseq([*words, "--output", str(folder / "run")]) == 0
+    train = ["train", str(folder / "toy.yaml"), "--output", str(folder / "run")]
+    hub = ["hub.repo=owner/run", "hub.private=true", "hub.strategy=checkpoint"]
+    # Nothing is read, or written, before it is known that the run can be pushed.
+    token = os.environ.pop("HF_TOKEN")
+    statuses = [sparseq([*train[:2], *hub, *train[2:]])]
+    os.environ["HF_TOKEN"] = token
+    for repo in ("other/new", "other/theirs"):
+        statuses.append(sparseq([*train[:2], f"hub.repo={repo}", *train[2:]]))
+    assert not (folder / "run").exists()
+    assert statuses == [2, 2, 2]
+    assert sparseq([*train[:2], *hub, *train[2:]]) == 0
 
 
 def main() -> None:

@@ -174,6 +174,7 @@ _ROUTES = [
     ("POST", rf"{_API}/paths-info/(?P<revision>[^/]+)", "paths_info"),
     ("GET", rf"{_API}/commits/(?P<revision>[^/]+)", "list_commits"),
     ("GET", rf"{_API}/refs", "refs"),
+    ("GET", rf"{_API}/auth-check/write", "may_write"),
     ("POST", rf"{_API}/preupload/(?P<revision>[^/]+)", "preupload"),
     ("POST", rf"{_API}/commit/(?P<revision>[^/]+)", "commit"),
     ("POST", rf"{_API}/branch/(?P<revision>.+)", "create_branch"),
@@ -370,6 +371,10 @@ class _Handler(BaseHTTPRequestHandler):
             for name, oid in self._repository(kind, repo).branches.items()
         ]
         return {"branches": branches, "tags": [], "converts": []}
+
+    def may_write(self, kind: str, repo: str) -> Any:
+        self._repository(kind, repo, write=True)
+        return {}
 
     def create_branch(self, kind: str, repo: str, revision: str) -> Any:
         repository = self._repository(kind, repo, write=True)

@@ -1,6 +1,7 @@
 """Trainings that push: with every commit the repository is complete, and the card is ours in the end."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sparseq.hub.alone import load_alone
 from sparseq.hub.card import check_card
 from sparseq.hub.check import check_folder
+from sparseq.training.output_folder import prepare_output
+from sparseq.training.recipes import build_recipe
+from sparseq.training.run import train
 from tests.hub.server import HubServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +77,9 @@ def pushed(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for repo in EARLIER:
         hub.create(repo)
         hub.put(repo, dict.fromkeys(("model-00001-of-00002.safetensors", "model.safetensors.index.json"), b"{}"))
-    run_client(hub, folder, "strategies", "others", "recipe")
+    hub.create("other/theirs")
+    errors = run_client(hub, folder, "strategies", "others", "recipe")
+    (folder / "errors.txt").write_text(errors, "utf-8")
     return folder
 
 
@@ -185,3 +191,39 @@ def test_a_recipe_pushes_the_run_and_its_finished_folder(pushed: Path, hub: HubS
     assert str(pushed) not in card
     assert "last-checkpoint/optimizer.pt" in files
     assert hub.repositories["models", "owner/run"].private
+
+
+def test_a_run_that_could_not_be_pushed_does_not_begin(pushed: Path, tmp_path: Path) -> None:
+    errors = (pushed / "errors.txt").read_text("utf-8")
+    assert re.search(r"There is no token for http://127\.0\.0\.1:\d+: log in", errors)
+    for repo in ("other/new", "other/theirs"):
+        assert f"The token may not write to {repo}" in errors
+
+    data = {"folder": str(tmp_path), "source": "en", "target": "de"}
+    for tree, message in (
+        ({"hub": {}}, r"add hub\.repo=user/name"),
+        ({"hub": {"repo": "a/b", "eval_task": "t"}}, r"`hub\.eval_task` \(t\) is a task of a benchmark"),
+        (
+            {"hub": {"repo": "a/b"}, "start": {"checkpoint": str(tmp_path)}, "lora": {}},
+            "an adapter of .*push that first",
+        ),
+        ({"hub": {"repo": "a/b"}}, "HF_HUB_OFFLINE is set"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            train(build_recipe("tried", {"data": data, **tree}), tmp_path / "run")
+    with pytest.raises(ValueError, match="`repo` must be user/name"):
+        build_recipe("tried", {"hub": {"repo": "model"}})
+    assert not (tmp_path / "run").exists()
+
+
+def test_where_a_run_is_pushed_to_may_change(tmp_path: Path) -> None:
+    """A run goes on whether it is pushed or not."""
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-1"
+    trees: list[dict[str, Any]] = [{}, {"hub": {"repo": "a/b"}}, {"hub": {"repo": "c/d", "strategy": "end"}}, {}]
+    for tree in trees:
+        prepare_output(build_recipe("tried", tree), tmp_path, resume=True)
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "trainer_state.json").write_text("{}", "utf-8")
+        save_file({}, checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match="seed was 1, is 2"):
+        prepare_output(build_recipe("tried", {"seed": 2}), tmp_path, resume=True)
