@@ -15,6 +15,9 @@ from sparseq.cli import main
 from tests.hub.server import HubServer
 from tests.training.toy import write_corpus
 
+# Name of a command -> its exit status and what it wrote to standard error.
+Outcomes = dict[str, tuple[int, str]]
+
 # What the runs leave behind is looked at by several tests.
 pytestmark = pytest.mark.xdist_group("hub-datasets")
 
@@ -68,18 +71,21 @@ class World:
     def file(self, run: str, name: str) -> bytes:
         return (self.folder / run / name).read_bytes()
 
-    def run(self, *commands: list[str], **environment: str) -> list[tuple[int, str]]:
-        """Commands in a process of a user who may read owner/pairs, always with the same caches."""
+    def run(self, commands: dict[str, list[str]], **environment: str) -> Outcomes:
+        """Commands in a process (shell.py) of a user who may read owner/pairs, always with the same caches."""
+        lines = [json.dumps({"arguments": arguments, "environment": {}}) for arguments in commands.values()]
         process = subprocess.run(
-            [sys.executable, "-I", str(Path(__file__).with_name("command_client.py"))],
+            [sys.executable, "-I", str(Path(__file__).with_name("shell.py"))],
             cwd=self.folder,
             env=self.hub.environment(self.folder / "home", token="hf_reader", **environment),
-            input=json.dumps(commands),
+            input="\n".join(lines),
             capture_output=True,
             text=True,
         )
         assert process.returncode == 0, process.stderr
-        return [(status, errors) for status, errors in json.loads(process.stdout)]
+        # Empty lines are what `tokenizers` writes past Python while it trains.
+        results = [json.loads(line) for line in process.stdout.splitlines() if line]
+        return {name: (result["status"], result["err"]) for name, result in zip(commands, results, strict=True)}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +96,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 @pytest.fixture(scope="module")
-def online(world: World) -> dict[str, tuple[int, str]]:
+def online(world: World) -> Outcomes:
     commands = {
         "downloaded": ["train", *world.recipe("data.dataset=owner/pairs"), *world.output("downloaded")],
         "streamed": [
@@ -106,22 +112,20 @@ def online(world: World) -> dict[str, tuple[int, str]]:
         "secret": ["train", *world.recipe("data.dataset=owner/secret"), "--dry-run", *world.output("secret")],
         "absent": ["train", *world.recipe("data.dataset=owner/absent"), "--dry-run", *world.output("absent")],
     }
-    return dict(zip(commands, world.run(*commands.values()), strict=True))
+    return world.run(commands)
 
 
 @pytest.fixture(scope="module")
-def offline(world: World, online: object) -> dict[str, tuple[int, str]]:
+def offline(world: World, online: object) -> Outcomes:
     commands = {
         "cached": ["train", *world.recipe("data.dataset=owner/pairs"), "--dry-run", *world.output("cached")],
         "never": ["train", *world.recipe("data.dataset=owner/never"), "--dry-run", *world.output("never")],
     }
-    return dict(zip(commands, world.run(*commands.values(), HF_HUB_OFFLINE="1"), strict=True))
+    return world.run(commands, HF_HUB_OFFLINE="1")
 
 
 @pytest.mark.parametrize("name", ["downloaded", "streamed"])
-def test_a_dataset_of_the_hub_trains_what_local_files_train(
-    name: str, world: World, online: dict[str, tuple[int, str]]
-) -> None:
+def test_a_dataset_of_the_hub_trains_what_local_files_train(name: str, world: World, online: Outcomes) -> None:
     assert online[name][0] == 0, online[name][1]
     for file in ("model.safetensors", "tokenizer.json"):
         assert world.file(name, file) == world.file("local", file), file
@@ -130,7 +134,7 @@ def test_a_dataset_of_the_hub_trains_what_local_files_train(
     assert data["train"]["sha256"] == data["val"]["sha256"] == {"owner/pairs": world.commit}
 
 
-def test_a_run_starts_from_a_model_of_the_hub(world: World, online: dict[str, tuple[int, str]]) -> None:
+def test_a_run_starts_from_a_model_of_the_hub(world: World, online: Outcomes) -> None:
     status, errors = online["fine-tuned"]
     assert status == 0, errors
     start = json.loads(world.file("fine-tuned", "manifest.json"))["start"]
@@ -141,19 +145,19 @@ def test_a_run_starts_from_a_model_of_the_hub(world: World, online: dict[str, tu
 
 
 @pytest.mark.parametrize("name", ["secret", "absent"])
-def test_a_dataset_that_may_not_be_read_or_is_not_there(name: str, online: dict[str, tuple[int, str]]) -> None:
+def test_a_dataset_that_may_not_be_read_or_is_not_there(name: str, online: Outcomes) -> None:
     status, errors = online[name]
     assert status == 2
     assert f"owner/{name}" in errors
     assert "Traceback" not in errors
 
 
-def test_offline_a_cached_dataset_is_read(offline: dict[str, tuple[int, str]]) -> None:
+def test_offline_a_cached_dataset_is_read(offline: Outcomes) -> None:
     status, errors = offline["cached"]
     assert status == 0, errors
 
 
-def test_offline_another_one_is_missing(offline: dict[str, tuple[int, str]]) -> None:
+def test_offline_another_one_is_missing(offline: Outcomes) -> None:
     status, errors = offline["never"]
     assert status == 2
     assert "owner/never" in errors
