@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def _write_folder(recipe: Any, result: Any) -> Path:
     """Load what was trained, measure its experts, and write the Hub-ready folder."""
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-    from sparseq.hub.card import CardFacts, DataFacts, describe_hardware, installed_versions, translation_metrics
+    from sparseq.hub.facts import facts_of_run
     from sparseq.hub.folder import write_hub_folder
     from sparseq.inspection.experts import expert_load, format_expert_load
     from sparseq.inspection.plots import plot_run
@@ -179,29 +180,10 @@ def _write_folder(recipe: Any, result: Any) -> Path:
     log = json.loads((result.output_dir / "results.json").read_text("utf-8"))["log"]
     picture = plot_run(log, loads, result.output_dir / "run.png")
     print(f"\nLoss curve and expert load: {picture}" if picture else "\n(install sparseq[plot] to get them drawn)")
-    data = recipe.data
-    generated = data.folder is None
-    manifest = json.loads((result.output_dir / "manifest.json").read_text("utf-8"))
-    split = data.test or data.validation
-    name = "generated English-German grammar corpus" if generated else Path(data.folder).name
-    facts = CardFacts(
-        source_language=data.source,
-        target_language=data.target,
-        data=[DataFacts(name=name, examples=manifest["data"][data.train]["kept"])],
-        recipe_name=recipe.name,
-        # Where the text lay is nobody's business.
-        recipe={key: value for key, value in recipe.to_dict().items() if key != "data"},
-        steps=result.steps,
-        seed=recipe.seed,
-        seconds=result.seconds["training"],
-        hardware=describe_hardware(),
-        versions=installed_versions(),
-        commit=manifest["commit"],
-        metrics=translation_metrics(result.scores, dataset=name, split=split),
-        expert_load=loads,
-        example=prefix + result.sources[0],
-        limits=["It knows the sentences of a small grammar and nothing else."] if generated else [],
-    )
+    # A sentence of the grammar, where there is one: a small model knows no other.
+    facts = facts_of_run(result.output_dir)
+    example = prefix + result.sources[0] if recipe.data.folder is None else facts.example
+    facts = replace(facts, expert_load=loads, example=example)
     return write_hub_folder(model, tokenizer, result.output_dir / "hub", card=facts)
 
 
