@@ -1,13 +1,16 @@
 """Losses: what they are, and that they are the same however a batch is cut."""
 
 import logging
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from sparseq import SparseqForConditionalGeneration
+from sparseq import SparseqForConditionalGeneration, modeling_sparseq
 from sparseq.modeling_sparseq import router_losses
 from tests.tiny import label_batch, source_batch, tiny_model
 from tests.tolerances import assert_close
@@ -99,19 +102,129 @@ def test_training_goes_on_from_given_encoder_outputs(balancing: str, as_tuple: b
     output.loss.backward()
 
 
+def loss_and_gradients(model: Any, *, skip: bool, **inputs: Any) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    output = model(**{"input_ids": source_batch(), "labels": label_batch(), **inputs}, skip_logits=skip)
+    assert (output.logits is None) == skip
+    output.loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": output.loss.detach(), **gradients}
+
+
+# Pieces of one row, with a rest, exactly all rows, and more than there are.
+@pytest.mark.parametrize("rows", [1, 4, 13, 256])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"label_smoothing": 0.1, "final_logits_bias": True},
+        {"tie_word_embeddings": False},
+        {"label_smoothing": 0.3, "num_experts": 0},
+    ],
+    ids=["bias", "untied", "smoothed"],
+)
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_skipped_logits_change_neither_loss_nor_gradient(mode: str) -> None:
-    model = tiny_model(label_smoothing=0.1, final_logits_bias=True)
+def test_skipped_logits_change_neither_loss_nor_gradient(
+    mode: str, options: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modeling_sparseq, "_PROJECTED_ROWS", rows)
+    model = tiny_model(**options)
+    if model.final_logits_bias is not None:
+        torch.nn.init.normal_(model.final_logits_bias)
     model.train(mode == "train")
-    results = []
+    whole, pieces = (loss_and_gradients(model, skip=skip) for skip in (False, True))
+    assert whole.keys() == pieces.keys()
+    for name, expected in whole.items():
+        assert_close(pieces[name], expected, torch.float32, name)
+
+
+def test_no_more_logits_exist_than_of_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor anything else of the vocabulary's width, forward or backward, but weights and their gradients."""
+    monkeypatch.setattr(modeling_sparseq, "_PROJECTED_ROWS", 4)
+    model = tiny_model(label_smoothing=0.1, vocab_size=97)
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            seen.update(tuple(t.shape) for t in tree_leaves(result) if torch.is_tensor(t) and 97 in t.shape)
+            return result
+
     for skip in (False, True):
-        model.zero_grad()
-        output = model(input_ids=source_batch(), labels=label_batch(), skip_logits=skip)
-        assert (output.logits is None) == skip
-        output.loss.backward()
-        results.append({"loss": output.loss, **{n: p.grad.clone() for n, p in model.named_parameters()}})
-    for name, expected in results[0].items():
-        assert_close(results[1][name], expected, torch.float32, name)
+        seen.clear()
+        with Watch():
+            loss_and_gradients(model, skip=skip)
+        rows = [math.prod(shape) // 97 for shape in seen if model.config.d_model not in shape]
+        assert max(rows) == (4 if skip else label_batch().numel())
+
+
+def test_skipped_logits_in_other_precisions() -> None:
+    model = tiny_model(label_smoothing=0.1).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, pieces = (loss_and_gradients(model, skip=skip) for skip in (False, True))
+    for name, expected in whole.items():
+        assert pieces[name].dtype == expected.dtype
+        assert_close(pieces[name], expected, torch.bfloat16, name)
+    model = tiny_model(label_smoothing=0.1).double().train()
+    whole, pieces = (loss_and_gradients(model, skip=skip) for skip in (False, True))
+    for name, expected in whole.items():
+        assert pieces[name].dtype == torch.float64
+        assert (pieces[name] - expected).abs().max() < 1e-12, name
+
+
+def test_the_projected_cross_entropy_has_the_gradient_of_finite_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states, weight, bias = (
+        torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=shape[0] > 1)
+        for shape in ((5, 4), (7, 4), (1, 7))
+    )
+    labels = torch.tensor([0, 6, 3, 3, 1])
+
+    def loss(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return modeling_sparseq._ProjectedCrossEntropy.apply(states, weight, bias, labels, 0.2)
+
+    assert torch.autograd.gradcheck(loss, (states, weight))
+
+
+def test_what_is_frozen_gets_no_gradient() -> None:
+    model = tiny_model(tie_word_embeddings=False)
+    model.lm_head.requires_grad_(False)
+    whole, pieces = (loss_and_gradients(model, skip=skip) for skip in (False, True))
+    assert whole.keys() == pieces.keys()
+    assert "lm_head.weight" not in pieces
+    for name, expected in whole.items():
+        assert_close(pieces[name], expected, torch.float32, name)
+    with torch.no_grad():
+        loss = model(input_ids=source_batch(), labels=label_batch(), skip_logits=True).loss
+    assert not loss.requires_grad
+    assert_close(loss, whole["loss"], torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["hook", "adapter", "replaced"])
+def test_an_output_layer_that_is_more_than_a_product_is_called(kind: str) -> None:
+    """As PEFT, offloading and quantization make it; its weight alone would be another model."""
+    model = tiny_model(label_smoothing=0.1)
+    head = model.lm_head
+    if kind == "hook":
+        head.register_forward_hook(lambda module, args, output: 3 * output)
+    elif kind == "replaced":
+        original = head.forward
+        head.forward = lambda states: 3 * original(states)
+    else:
+
+        class Adapted(torch.nn.Linear):
+            def forward(self, states: torch.Tensor) -> torch.Tensor:
+                return 3 * super().forward(states)
+
+        head.__class__ = Adapted
+    whole, pieces = (loss_and_gradients(model, skip=skip) for skip in (False, True))
+    for name, expected in whole.items():
+        assert_close(pieces[name], expected, torch.float32, name)
+
+
+def test_skipped_logits_of_a_batch_without_labels_cost_nothing() -> None:
+    model = tiny_model(num_experts=0)
+    gradients = loss_and_gradients(model, skip=True, labels=torch.full_like(label_batch(), -100))
+    assert all(value.eq(0).all() for value in gradients.values())
 
 
 def test_skipped_logits_without_labels_are_refused() -> None:
