@@ -157,6 +157,8 @@ def fresh(pushed: World) -> Results:
         "distrusted": seq2seq("owner/marked", trust=False, trust_remote_code=False),
         "untrusted config": {"auto_class": "AutoConfig", "folder": "owner/marked"},
         "tokenizer": tokens("owner/marked"),
+        "distrusted tokenizer": tokens("owner/marked", trust_remote_code=False),
+        "trusted tokenizer": tokens("owner/model", trust_remote_code=True),
         "model": seq2seq("owner/model") | {"save": str(pushed.folder / "again"), "push": "owner/again"},
         "model's tokenizer": tokens("owner/model") | {"push": "owner/again"},
         "revision": seq2seq("owner/model", revision=first),
@@ -250,7 +252,10 @@ def test_the_marker_of_that_test_would_tell(pushed: World, cached: Any) -> None:
     assert pushed.ran_code_of_the_repository("cached")
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "model's tokenizer", "private tokenizer"])
+TOKENIZERS = ["tokenizer", "distrusted tokenizer", "trusted tokenizer", "model's tokenizer", "private tokenizer"]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_tokenizer_needs_no_trust(name: str, pushed: World, fresh: Results) -> None:
     assert fresh[name]["ids"] == fresh[name]["label_ids"] == pushed.ids
 
