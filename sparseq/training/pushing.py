@@ -31,7 +31,10 @@ _SNAPSHOT = "_push"
 # Checkpoints, and what no model needs: pickles of arguments, optimizer, schedule and random numbers.
 _NOT_PUSHED = ("_*", "checkpoint-*", "training_args.bin", "*.pt", "*.pth")
 # In a checkpoint besides the model and its tokenizer. PEFT drafts a card in every one.
-_NOT_OF_THE_MODEL = (*_NOT_PUSHED, "*.bin", "trainer_state.json", NOTE_FILE, CARD)
+_NOT_OF_THE_MODEL = (
+    *(*_NOT_PUSHED, "*.bin", "trainer_state.json", NOTE_FILE, CARD),
+    *("pytorch_model_fsdp*", "optimizer_*", "global_step*"),
+)
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # Of an earlier model in the repository: one file would be loaded in place of new shards. And a stock Trainer's pickle.
 _REPLACED = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "training_args.bin")
@@ -183,7 +186,7 @@ class HubTrainer(Seq2SeqTrainer):
             token=token,
             run_as_future=not blocking,  # type: ignore[call-overload]  # either literal
             ignore_patterns=list(_NOT_PUSHED),
-            delete_patterns=self._replaced(),
+            delete_patterns=_replaced(self._output_folder),
             revision=self.args.hub_revision if revision is None else revision,
         )
 
@@ -205,7 +208,7 @@ class HubTrainer(Seq2SeqTrainer):
             commit_message=f"Training in progress, {at}",
             token=self.args.hub_token,
             run_as_future=True,
-            delete_patterns=self._replaced(),
+            delete_patterns=_replaced(snapshot),
             revision=self.args.hub_revision,
         )
         job.add_done_callback(lambda done: _after_push(done, snapshot, at))
@@ -235,11 +238,6 @@ class HubTrainer(Seq2SeqTrainer):
     def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
-    def _replaced(self) -> list[str] | None:
-        """Patterns of files that a push deletes where it has none of the name."""
-        # An adapter takes the place of no weights.
-        return None if hasattr(self._unwrapped(), "peft_config") else list(_REPLACED)
-
     def _observed(self) -> CardFacts:
         """What the trainer itself knows."""
         model = self._unwrapped()
@@ -268,6 +266,12 @@ class HubTrainer(Seq2SeqTrainer):
             del arguments["num_train_epochs"]
         plain = {name: getattr(value, "value", value) for name, value in arguments.items()}
         return {name: value for name, value in plain.items() if value not in (None, False, -1)}
+
+
+def _replaced(folder: Path) -> list[str] | None:
+    """Patterns of files that a push of `folder` deletes where it has none of the name."""
+    # Neither an adapter nor what FSDP leaves in shards of its own takes the place of a model's weights.
+    return list(_REPLACED) if any(folder.glob("model*.safetensors")) else None
 
 
 def _after_push(job: "Future[Any]", snapshot: Path, at: str) -> None:

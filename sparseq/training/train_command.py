@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Train a sequence-to-sequence model from a recipe, a YAML file with the sections model, tokenizer, data, training,
-decoding and scoring; start and lora, to go on from a trained model. Trains the tokenizer, trains the model on batches
-filled to a token budget, averages the last checkpoints, generates and scores outputs for the test split, and writes a
-folder that AutoModelForSeq2SeqLM.from_pretrained loads.
+decoding and scoring; start and lora, to go on from a trained model; hub, to push it. Trains the tokenizer, trains the
+model on batches filled to a token budget, averages the last checkpoints, generates and scores outputs for the test
+split, and writes a folder that AutoModelForSeq2SeqLM.from_pretrained loads.
 
 An interrupted run continues from its last complete checkpoint when the same command is given again.
 """
@@ -35,12 +35,15 @@ examples:
       documents and summaries, the columns "document" and "summary" of tables, scored by ROUGE
   sparseq train my-recipe.yaml training.max_steps=500 seed=2 --output outputs/trial
       a recipe of your own, with two values changed
+  sparseq train tiny-sparse data.folder=... hub.repo=user/name hub.private=true
+      pushed to the Hub at every save, and at the end; the token is that of HF_TOKEN or `hf auth login`
   accelerate launch --num_processes 2 scripts/train.py tiny-sparse data.folder=... --output outputs/tiny
       the same on several devices, from a clone
 
-in the output folder: model.safetensors, config.json, tokenizer.json, generation_config.json, results.json (scores,
-seconds, loss curve), manifest.json (versions, commit, seed, hashes of the data, recipe), SPLIT.LANGUAGE.translated,
-checkpoints/ and cache/ (text and tokens; delete both when you are done).
+in the output folder: model.safetensors, config.json, tokenizer.json, generation_config.json, README.md (the card: the
+folder is ready for `sparseq push`), results.json (scores, seconds, loss curve), manifest.json (versions, commit, seed,
+hashes of the data, recipe), SPLIT.LANGUAGE.translated, checkpoints/ and cache/ (text and tokens; delete both when you
+are done).
 """
 
 
