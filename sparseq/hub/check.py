@@ -175,7 +175,9 @@ class _Reading:
                 self.problems.append(f"README.md: its metadata are not of the form that the Hub reads ({error})")
             else:
                 if is_draft(text) and not is_ours(text):
-                    self.notes.append("README.md is a draft of Trainer or PEFT: `sparseq card FOLDER` writes a full one")
+                    self.notes.append(
+                        "README.md is a draft of Trainer or PEFT: `sparseq card FOLDER` writes a full one"
+                    )
                 return text
         return ""
 
@@ -296,7 +298,7 @@ class _Reading:
             elif (tensors := self._tensors(shard)) is not None and tensors != wanted:
                 example = sorted(tensors ^ wanted)[0]
                 self.problems.append(f"{shard} and {_INDEX} do not agree on {example}: {SAVE_AGAIN}")
-        if strangers := sorted(set(found) - set(weight_map.values())):
+        if strangers := sorted(set(found) - set(map(str, weight_map.values()))):
             self.problems.append(f"{', '.join(strangers)}: no shard that {_INDEX} names; remove what is old")
 
     def _tensors(self, name: str) -> set[str] | None:
@@ -336,10 +338,11 @@ class _Reading:
         base = config.get("base_model_name_or_path")
         if not base:
             self.problems.append("adapter_config.json does not say `base_model_name_or_path`, which others must load")
-        elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) or base.startswith(".") or Path(base).exists():
+        elif not _is_hub_id(base):
             self.problems.append(
-                f"adapter_config.json: the base model {base!r} is a folder of this machine. Push it first, and write "
-                "its id on the Hub into `base_model_name_or_path`; or push the merged model in place of the adapter"
+                f"adapter_config.json: the base model {base!r} is a folder of this machine, or no id on the Hub. Push "
+                "it first and write its id into `base_model_name_or_path`, or push the merged model in place of the "
+                "adapter"
             )
         if config and not config.get("peft_type"):
             self.problems.append("adapter_config.json does not say `peft_type`: save it with `save_pretrained`")
@@ -355,6 +358,11 @@ class _Reading:
             "base_revision": config.get("revision"),
             "grows_vocabulary": bool(config.get("trainable_token_indices")),
         }
+
+
+def _is_hub_id(base: Any) -> bool:
+    is_id = isinstance(base, str) and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", base)
+    return bool(is_id) and not Path(base).exists()
 
 
 def _auto_class_of_base(adapter: Mapping[str, Any]) -> str:

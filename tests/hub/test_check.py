@@ -1,9 +1,11 @@
 """A folder is judged by reading it: every defect that is planted in a good one is named, and no code of it runs."""
 
+import errno
 import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -503,6 +505,39 @@ def test_a_process_that_dies(
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     assert message in str(load_alone(good, UPLOADS, auto_class="AutoModelForSeq2SeqLM"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "keys"),
+    [
+        ("model", "config.json", ["auto_map", "architectures", "model_type", "vocab_size"]),
+        ("model", "tokenizer.json", ["model", "added_tokens"]),
+        ("model", "tokenizer_config.json", ["auto_map"]),
+        ("model", "generation_config.json", ["max_length"]),
+        ("shards", "model.safetensors.index.json", ["weight_map"]),
+        ("adapter", "adapter_config.json", ["base_model_name_or_path", "peft_type", "auto_mapping", "revision"]),
+    ],
+)
+def test_json_of_any_form_is_judged(kind: str, name: str, keys: list[str], request: pytest.FixtureRequest) -> None:
+    """Whatever stands where something else is expected, the answer is a report."""
+    folder = request.getfixturevalue({"model": "folder"}.get(kind, kind))
+    whole = (folder / name).read_text("utf-8")
+    for key in keys:
+        for value in (3, "x", [[1]], {"a": [1]}):
+            edit(folder, name, **{key: value})
+            assert isinstance(check_folder(folder), FolderCheck)
+            (folder / name).write_text(whole, "utf-8")
+
+
+def test_no_room_for_the_copy(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(
+        OSError, match=r"No space left on device\): make room there, or name another folder with TMPDIR"
+    ):
+        check_loads(check_folder(good))
 
 
 def test_sizes() -> None:

@@ -14,6 +14,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from sparseq import SparseqConfig, SparseqForConditionalGeneration, SparseqTokenizer
+from sparseq.cli import main
+from sparseq.hub import upload
 from sparseq.hub.folder import write_hub_folder
 from tests.hub.repositories import File, Repository, is_lfs
 from tests.hub.server import HubServer, _Handler
@@ -423,6 +425,19 @@ def test_adapters(hub: HubServer, terminal: Terminal, model_folder: Path, adapte
     assert result.error.startswith("owner/base holds a whole model (config.json), and beside the adapter")
     result = terminal.push(model_folder, "owner/adapter")
     assert result.error.startswith("owner/adapter holds an adapter (adapter_config.json), and beside the model")
+
+
+def test_ctrl_c(model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(upload, "require_access", lambda: None)
+    monkeypatch.setattr(
+        upload, "read_repository", lambda name, branch: upload.Repository(name=name, branch=branch, files={})
+    )
+    monkeypatch.setattr(upload, "push_folder", interrupted)
+    assert main(["push", str(model_folder), "owner/stopped", "--no-load-check"]) == 130
+    assert "Interrupted; the same command goes on with what has not arrived." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
