@@ -128,8 +128,10 @@ def load_model(
         model, report = auto_class.from_pretrained(
             name, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
         )
-    except SafetensorError as error:
-        raise ValueError(f"The weights in {name} cannot be read ({error}): was their saving cut short?") from error
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"The weights in {name}, or their index, cannot be read ({error}): was their saving cut short?"
+        ) from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
@@ -146,13 +148,26 @@ def load_model(
 
 def check_folder(folder: str | Path) -> None:
     """Check a folder with a model or an adapter as far as that goes without reading weights: the files are whole, and
-    the weights of a Sparseq model are those of its configuration, by name and shape.
+    the weights of a Sparseq model are those of its configuration, by name and shape. With an adapter its base model is
+    checked, where that is a folder.
 
     Raises:
         FileNotFoundError: There are no weights.
         ValueError: As `tensor_files` and `load_config`; generation_config.json is damaged; or the weights do not fit.
     """
     folder = Path(folder)
+    _check_model(folder)
+    if not (folder / "adapter_config.json").is_file():
+        return
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if isinstance(base, str) and Path(base).is_dir():
+        try:
+            _check_model(Path(base))
+        except FileNotFoundError as error:
+            raise ValueError(f"The base model of the adapter {folder} is incomplete: {error}") from error
+
+
+def _check_model(folder: Path) -> None:
     files = tensor_files(folder)
     if (folder / "generation_config.json").is_file():
         read_json(folder / "generation_config.json")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
@@ -24,6 +25,7 @@ from sparseq.hub.loading import check_folder, load_config, load_model, load_toke
 from sparseq.training.recipes import _Loader, build_recipe, load_recipe
 from tests.absent import run_without_package
 from tests.hub.make_fixture import FIXTURES
+from tests.hub.server import HubServer
 
 CODE = ("configuration_sparseq.py", "modeling_sparseq.py", "tokenization_other.py", "custom_generate/generate.py")
 Mutation = Callable[[Path], Any]
@@ -398,6 +400,44 @@ def test_a_damaged_folder_is_refused_by_every_command(
         assert sorted(tmp_path.rglob("*")) == files, command
 
 
+def _of_base(change: Mutation) -> Mutation:
+    return lambda adapter: change(adapter.parent / "model")
+
+
+# The library reports of the adapter alone.
+ADAPTER_DEFECTS: dict[str, tuple[Mutation, str]] = {
+    "configuration cut": (lambda folder: cut(folder / "adapter_config.json"), "adapter_config.json"),
+    "weights cut": (lambda folder: cut(folder / "adapter_model.safetensors"), "adapter_model.safetensors"),
+    "weights pickled": (
+        lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
+        "adapter_model.bin",
+    ),
+    "base without a weight": (_of_base(_missing), "self_attn.v_proj.weight missing"),
+    "base without weights": (
+        _of_base(lambda base: (base / "model.safetensors").unlink()),
+        "base model .* has none of",
+    ),
+    "base cut": (_of_base(lambda base: cut(base / "model.safetensors")), "model/model.safetensors"),
+    "base of another shape": (_of_base(_other_shape), "model/model.safetensors does not fit"),
+}
+
+
+@pytest.mark.parametrize("defect", ["none", *ADAPTER_DEFECTS])
+def test_a_damaged_adapter_is_refused_and_a_damaged_base(defect: str, folder: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    adapted = get_peft_model(AutoModelForSeq2SeqLM.from_pretrained(folder), LoraConfig(**options))
+    adapter = tmp_path / "adapter"
+    adapted.save_pretrained(str(adapter))
+    if defect == "none":
+        name = "model.decoder.layers.0.self_attn.q_proj.lora_A.default.weight"
+        assert load_model(AutoModelForSeq2SeqLM, adapter).get_parameter(name).any()
+        return
+    change, message = ADAPTER_DEFECTS[defect]
+    change(adapter)
+    with pytest.raises(ValueError, match=message):
+        load_model(AutoModelForSeq2SeqLM, adapter)
+
+
 def test_a_sound_folder_passes_every_check(folder: Path) -> None:
     for form in ("one file", "shards"):
         if form == "shards":
@@ -461,3 +501,38 @@ def test_a_tokenizer_s_templates_stay_in_its_folder(folder: Path, tmp_path: Path
     with pytest.raises(ValueError, match="outside"):
         tokenizer.save_pretrained(tmp_path / "a" / "b")
     assert not list(tmp_path.rglob("outside*"))
+
+
+def test_a_repository_writes_nothing_outside_the_cache(folder: Path, corpus: Path, tmp_path: Path) -> None:
+    """A server that offers files by names that lead up, as the true Hub would not, and an index that asks for one."""
+    index = shard(folder)
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    content = json.loads(files[index.name])
+    first = min(content["weight_map"].values())
+    stolen = "../../../../outside.safetensors"
+    content["weight_map"] = {key: stolen if at == first else at for key, at in content["weight_map"].items()}
+    outside = {f"{'../' * depth}outside-{depth}.json": b"{}" for depth in (1, 3, 6)}
+    with HubServer(tmp_path / "storage") as hub:
+        hub.create("owner/names")
+        hub.put("owner/names", {**files, **outside})
+        hub.create("owner/index")
+        hub.put("owner/index", {**files, stolen: files[first], index.name: json.dumps(content).encode()})
+        arguments = [
+            [*commands(Path("owner/names"), corpus, tmp_path / "output")["train"], "--dry-run"],
+            commands(Path("owner/index"), corpus, tmp_path / "output")["score"],
+        ]
+        processes = [
+            subprocess.run(
+                [sys.executable, "-m", "sparseq", *each],
+                env=hub.environment(tmp_path / "home"),
+                capture_output=True,
+                text=True,
+                cwd=tmp_path,
+            )
+            for each in arguments
+        ]
+        assert [path for _, path in hub.requests if "owner/names" in path and path.endswith("config.json")]
+    assert processes[0].returncode == 0, processes[0].stderr
+    assert processes[1].returncode == 2, processes[1].stderr
+    assert "Traceback" not in processes[1].stderr
+    assert [path for path in tmp_path.rglob("outside*") if path.is_file()] == []
