@@ -382,6 +382,8 @@ def _tagged_languages(facts: CardFacts) -> list[str]:
 
 
 def _millions(number: int) -> str:
+    if number < 1e5:
+        return f"{number:,}"
     return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"
 
 
