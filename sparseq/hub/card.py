@@ -426,14 +426,11 @@ def _load_model(auto_class: str, facts: CardFacts) -> list[str]:
     revision = (
         f', revision="{facts.adapter.base_revision}"' if facts.base_model and facts.adapter.base_revision else ""
     )
+    size = "max(len(tokenizer), model.config.vocab_size)"
     return [
         f"base = {base}  # the model that it adapts: a folder, or an id of the Hub",
         f"model = {auto_class}.from_pretrained(base{revision}, trust_remote_code=True)",
-        *(
-            ["model.resize_token_embeddings(max(len(tokenizer), model.config.vocab_size))"]
-            if facts.adapter.grows_vocabulary
-            else []
-        ),
+        *([f"model.resize_token_embeddings({size}, mean_resizing=False)"] if facts.adapter.grows_vocabulary else []),
         "model = PeftModel.from_pretrained(model, folder).eval()",
     ]
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from sparseq import SparseqConfig
 from sparseq.data.plain import TextReport
@@ -54,6 +55,8 @@ def metadata(text: str) -> dict[str, Any]:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("facts") / "captions"
     write_corpus(folder)
+    for path in folder.glob("*.de"):
+        shutil.copy(path, path.with_suffix(".fr"))
     return folder
 
 
@@ -65,10 +68,12 @@ def run(corpus: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def adapted(corpus: Path, run: Path) -> Path:
-    """A LoRA run from the first one."""
+    """A LoRA run from the first one, which teaches it the tag of another language."""
     tree = toy_recipe(corpus, eval_steps=0, max_steps=3).to_dict()
     del tree["tokenizer"]
-    tree |= {"model": {}, "start": {"checkpoint": str(run)}, "lora": {"rank": 2, "preset": "attention"}}
+    tree["data"]["target"] = "fr"
+    start = {"checkpoint": str(run), "add_language_tags": True}
+    tree |= {"model": {}, "start": start, "lora": {"rank": 2, "preset": "attention"}}
     return train(build_recipe("lora", tree), corpus.parent / "adapted", progress=False).output_dir
 
 
@@ -145,12 +150,12 @@ def test_the_adapter_s_code_runs(adapted: Path, run: Path, tmp_path: Path) -> No
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    tokenizer_input = "<2de> A man is walking in the park."
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(adapted)
-    model = PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(run), adapted).eval()
-    output = model.generate(**tokenizer(tokenizer_input, return_tensors="pt"))
+    assert "<2fr>" not in AutoTokenizer.from_pretrained(run).get_vocab()
+    base = AutoModelForSeq2SeqLM.from_pretrained(run)
+    base.resize_token_embeddings(len(tokenizer))
+    model = PeftModel.from_pretrained(base, adapted).eval()
+    output = model.generate(**tokenizer("<2fr> A man is walking in the park.", return_tensors="pt"))
     assert done.stdout == tokenizer.decode(output[0], skip_special_tokens=True) + "\n"
 
 
