@@ -5,11 +5,12 @@
     python benchmarks/multi30k.py report runs --split val              # arms are compared on this one alone
     python benchmarks/multi30k.py report runs --json multi30k.json     # the test set, beside published figures
     python benchmarks/multi30k.py report runs --unfinished             # also runs that have not ended yet
+    python benchmarks/multi30k.py captions captions.de.gz tok          # plain captions as that text, for pre-training
 
 DATA is a folder with train, val and test_2016_flickr as {split}.lc.norm.tok.{en,de,fr}[.gz]: lower-cased, normalised
 and tokenised by the authors of the public multi30k/dataset repository. A run that was stopped goes on from its last
-checkpoint, and one that is finished is not run again. `report` needs sacremoses, and keeps the translations that it
-has to make (of the validation set, and of unfinished runs) in RUNS/translations.
+checkpoint, and one that is finished is not run again. `report` and `captions` need sacremoses, and `report` keeps the
+translations that it has to make (of the validation set, and of unfinished runs) in RUNS/translations.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ from run_results import (  # type: ignore[import-not-found]
     validation_losses,
     with_interval,
 )
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from sparseq.data.lines import file_hash
+from sparseq.data.lines import file_hash, read_lines
 from sparseq.data.parallel import ParallelText, read_parallel
 from sparseq.metrics.corpus import Bleu, Chrf
 from sparseq.metrics.scoring import score_predictions
@@ -94,7 +96,7 @@ def arm_recipe(arm: Arm, data: Path, target: str, seed: int) -> Recipe:
 
 def report(args: argparse.Namespace) -> None:
     """Print the scores of the runs, their means over seeds, the published figures and the validation losses."""
-    _check_detokenizer()
+    _check_moses()
     keep_freed_memory()
     rows = []
     for arm, target, seed, folder in find_runs(args.output):
@@ -117,6 +119,30 @@ def report(args: argparse.Namespace) -> None:
         published = PUBLISHED if args.split == "test" else {}
         content = {"setting": setting(), "split": SPLITS[args.split], "published": published}
         args.json.write_text(json.dumps({**content, "runs": rows, "means": means}, indent=2) + "\n", "utf-8")
+
+
+def captions(args: argparse.Namespace) -> None:
+    """Write plain captions, NAME.LANGUAGE[.gz], as OUTPUT/NAME.lc.norm.tok.LANGUAGE."""
+    _check_moses()
+    args.output.mkdir(parents=True, exist_ok=True)
+    for path in args.files:
+        name, _, language = path.name.removesuffix(".gz").rpartition(".")
+        if not name or not language:
+            raise SystemExit(f"{path} must be named NAME.LANGUAGE or NAME.LANGUAGE.gz, such as captions.de.gz")
+        written = args.output / f"{name}.lc.norm.tok.{language}"
+        with written.open("w", encoding="utf-8") as stream:
+            lines = tqdm(tokenize(read_lines(path), language), desc=str(written), unit=" lines", unit_scale=True)
+            stream.writelines(f"{line}\n" for line in lines)
+
+
+def tokenize(lines: Iterable[str], language: str) -> Iterator[str]:
+    """Lower-case, normalise and tokenise as the authors of the data set did: of its raw parallel text this makes their
+    tokenised text, but for a line in a thousand with quotation marks."""
+    from sacremoses import MosesPunctNormalizer, MosesTokenizer
+
+    normalizer, tokenizer = MosesPunctNormalizer(language), MosesTokenizer(language)
+    for line in lines:
+        yield tokenizer.tokenize(normalizer.normalize(line.lower()), return_str=True)
 
 
 def find_runs(output: Path) -> list[tuple[str, str, int, Path]]:
@@ -275,11 +301,11 @@ def _translate(folder: Path, text: ParallelText, recipe: Recipe) -> list[str]:
     return translate_text(model, AutoTokenizer.from_pretrained(folder), text, recipe, recipe.data, progress=True)
 
 
-def _check_detokenizer() -> None:
+def _check_moses() -> None:
     try:
         import sacremoses  # noqa: F401
     except ModuleNotFoundError as error:
-        raise SystemExit("`report` detokenises with sacremoses: pip install sacremoses") from error
+        raise SystemExit("this needs Moses' tokenizer: pip install sacremoses") from error
 
 
 def main() -> None:
@@ -302,6 +328,10 @@ def main() -> None:
         "--unfinished", action="store_true", help="also the mean of the last checkpoints of runs that have not ended"
     )
     part.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    part = commands.add_parser("captions", help="tokenise plain captions as the data set's authors did")
+    part.set_defaults(function=captions)
+    part.add_argument("files", nargs="+", type=Path, metavar="FILE", help="NAME.LANGUAGE[.gz], a caption a line")
+    part.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write to")
     args = parser.parse_args()
     args.function(args)
 

@@ -42,8 +42,8 @@ SCHEDULES = {
     29_000: {"max_steps": 900, "warmup_steps": 200, "save_steps": 30, "eval_steps": 90},
     2_900: {"max_steps": 250, "warmup_steps": 50, "save_steps": 10, "eval_steps": 25},
 }
-# Peak rates. From random weights that of the recipe multi30k; for the pre-trained model 2e-3 was better than 5e-3 by the
-# validation loss of 2,900 pairs (run --learning-rate tries one).
+# Peak rates. From random weights that of the recipe multi30k; for the pre-trained model 2e-3 was better than 5e-3 by
+# the validation loss of 2,900 pairs (run --learning-rate tries one).
 LEARNING_RATES = {
     "scratch": {29_000: 5e-3, 2_900: 5e-3},
     "pretrained": {29_000: 2e-3, 2_900: 2e-3},
