@@ -102,7 +102,22 @@ def _describe_run(recipe: Recipe, config: Any) -> list[str]:
         f"schedule    {training.max_steps:,} updates, {training.lr_scheduler}, peak {training.learning_rate:g} after "
         f"{training.warmup_steps:,}; the last {training.average_checkpoints} checkpoints, "
         f"{training.save_steps:,} updates apart, are averaged",
+        *_describe_pushes(recipe),
     ]
+
+
+def _describe_pushes(recipe: Recipe) -> list[str]:
+    hub = recipe.hub
+    if hub is None:
+        return []
+    during = {
+        "end": "at the end",
+        "every_save": "the model at every save, and at the end",
+        "checkpoint": "the model and the last checkpoint at every save, and at the end",
+        "all_checkpoints": "the model and each checkpoint at every save, and at the end",
+    }[hub.strategy]
+    visibility = {True: "private", False: "public", None: "as the account's settings say"}[hub.private]
+    return [f"pushes      to {hub.repo} ({visibility}, if new): {during}; whether the token may is seen by the run"]
 
 
 def _update_tokens(recipe: Recipe) -> int:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from sparseq.cli import main
 from sparseq.hub.alone import load_alone
 from sparseq.hub.card import check_card
 from sparseq.hub.check import check_folder
@@ -19,6 +20,7 @@ from sparseq.training.output_folder import prepare_output
 from sparseq.training.recipes import build_recipe
 from sparseq.training.run import train
 from tests.hub.server import HubServer
+from tests.training.toy import write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 # Repositories that hold an earlier model, in shards.
@@ -214,6 +216,16 @@ def test_a_run_that_could_not_be_pushed_does_not_begin(pushed: Path, tmp_path: P
     with pytest.raises(ValueError, match="`repo` must be user/name"):
         build_recipe("tried", {"hub": {"repo": "model"}})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_says_where_it_would_be_pushed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_corpus(tmp_path / "corpus")
+    words = ["train", "tiny-sparse", f"data.folder={tmp_path / 'corpus'}", "data.source=en", "data.target=de"]
+    assert main([*words, "--dry-run"]) == 0
+    assert "pushes" not in capsys.readouterr().out
+    assert main([*words, "hub.repo=a/b", "hub.private=true", "hub.strategy=checkpoint", "--dry-run"]) == 0
+    pushes = "pushes      to a/b (private, if new): the model and the last checkpoint at every save, and at the end;"
+    assert pushes in capsys.readouterr().out
 
 
 def test_where_a_run_is_pushed_to_may_change(tmp_path: Path) -> None:
