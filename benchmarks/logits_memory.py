@@ -1,7 +1,8 @@
-"""The memory that logits take in a training step: all of them, or those of label positions only (`skip_logits`).
+"""The memory that logits take in a training step: all of them, or those of a few label positions (`skip_logits`).
 
     python benchmarks/logits_memory.py                     # about 5 minutes on one core, 4 GB
     python benchmarks/logits_memory.py --shapes tiny --padding 0.5
+    python benchmarks/logits_memory.py --rounds 15         # the time of the step instead
     python benchmarks/logits_memory.py --device cuda --dtype bfloat16 --json memory.json
 
 Dense Sparseq with and without `skip_logits`, and the library's MarianMT of the same shape: "tiny" d 128, 4 + 4 layers,
@@ -23,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from interleave import setting  # type: ignore[import-not-found]  # it lies beside this script
+from interleave import interleave, ratios, setting  # type: ignore[import-not-found]  # it lies beside this script
 from torch.profiler import ProfilerActivity, profile
 from training_step import make_model  # type: ignore[import-not-found]  # as interleave
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import LabelSmoother
+
+from sparseq.training.allocator import keep_freed_memory
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"d": 128, "layers": 4, "heads": 4, "ff": 256, "vocab": 10_000, "batch": 128, "length": 32},
@@ -126,6 +129,18 @@ def measure(shape_name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def time_steps(shape_name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Time of the step with `skip_logits` and of MarianMT's over that with all logits, on one full batch, in turn."""
+    shape = SHAPES[shape_name]
+    steps = {}
+    for system in SYSTEMS:
+        model = make_model("marian" if system == "marian" else "dense", shape).to(args.device)
+        if system != "marian":
+            model.config.label_smoothing = args.label_smoothing
+        steps[system] = training_step(system, model, make_batch(shape, args.padding[0], args.device), args)
+    return ratios(interleave(steps, rounds=args.rounds, device=args.device), "sparseq")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,6 +148,7 @@ def main() -> None:
     parser.add_argument(
         "--padding", nargs="+", type=float, default=[0.0, 0.05, 0.25, 0.5], help="share (default: 0 0.05 0.25 0.5)"
     )
+    parser.add_argument("--rounds", type=int, default=0, help="time the step in so many rounds instead")
     parser.add_argument("--label-smoothing", type=float, default=0.1, help="default: 0.1")
     parser.add_argument("--device", default="cpu", help='"cpu" or "cuda" (default: cpu)')
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="bfloat16: autocast")
@@ -142,6 +158,12 @@ def main() -> None:
     if not all(0 <= padding <= 0.5 for padding in args.padding):
         parser.error(f"--padding must be from 0 to 0.5, but is {args.padding}")
     torch.set_num_threads(args.threads)
+    if args.rounds:
+        keep_freed_memory()
+        for name in args.shapes:
+            for system, ratio in time_steps(name, args).items():
+                print(f"{name:6}{system:>24} {ratio:6.3f} of the time of sparseq with all logits")
+        return
     print(f"{'':6}{'padding':>8}{'logits':>10}" + "".join(f"{system:>24}" for system in SYSTEMS) + "    in MB")
     rows = []
     for name in args.shapes:

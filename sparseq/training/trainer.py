@@ -71,7 +71,7 @@ class SparseqTrainer(HubTrainer):
 
     - Training batches come from `TokenBatchSampler`. The dataset's `source_lengths` and `target_lengths` give the
       lengths where it has them; otherwise its `input_ids` and `labels` are measured.
-    - Where the model takes `skip_logits`, training computes logits at label positions only.
+    - Where the model takes `skip_logits`, training has the logits of a few label positions at a time only.
     - `evaluate` averages the loss over label tokens, on length-sorted batches, keeping two numbers between batches.
       With `predict_with_generate` or `compute_metrics` it is the library's.
     - Logs carry `target_tokens_per_second` and the share of `padding`; the progress bar shows them with the loss and
