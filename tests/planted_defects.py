@@ -46,8 +46,13 @@ DEFECTS = [
         "key, value = cache.layers[0].keys, cache.layers[0].values",
     ),
     Defect(
-        "labels shifted twice", "            labels.reshape(-1),\n", "            labels.roll(-1, -1).reshape(-1),\n"
+        "labels shifted twice",
+        "labels.to(logits.device).reshape(-1)",
+        "labels.to(logits.device).roll(-1, -1).reshape(-1)",
     ),
+    Defect("projected loss without its bias", "projected.to(losses.dtype) + bias", "projected.to(losses.dtype)"),
+    Defect("gradient of a projected loss without smoothing", "grad.sub_(smoothing / len(weight))", "pass"),
+    Defect("projected loss past hooks and adapters", "if not _is_plain(self.lm_head) or", "if"),
     Defect(
         "router jitter in evaluation too",
         "if self.training and self.jitter_noise > 0:",
@@ -130,7 +135,11 @@ DEFECTS = [
         "return embeds",
     ),
     Defect("final norm dropped", "self.norm = make_norm(config) if config.final_norm else None", "self.norm = None"),
-    Defect("logits bias dropped", "logits = logits + self.final_logits_bias", "pass"),
+    Defect(
+        "logits bias dropped",
+        "return logits if self.final_logits_bias is None else logits + self.final_logits_bias",
+        "return logits",
+    ),
     Defect("routing weights not renormalised", "if self.norm_topk_prob:", "if False:"),
     Defect(
         "selection bias in the weights", "weights = scores.gather(-1, indices)", "weights = choice.gather(-1, indices)"
@@ -155,8 +164,8 @@ DEFECTS = [
     ),
     Defect(
         "smoothing in evaluation",
-        "label_smoothing=self.config.label_smoothing if self.training else 0.0",
-        "label_smoothing=self.config.label_smoothing",
+        "return self.config.label_smoothing if self.training else 0.0",
+        "return self.config.label_smoothing",
     ),
     Defect(
         "experts skipped behind a masked prefix",
