@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from huggingface_hub import CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -951,21 +951,6 @@ def _copy_code(folder: str | os.PathLike[str]) -> None:
         shutil.copyfile(Path(__file__).with_name(name), Path(folder) / name)
 
 
-def _delete_stale_weights(
-    folder: str | os.PathLike[str], repo_id: str, revision: str | None, token: bool | str | None
-) -> Any:
-    """
-    Delete weights in a repository that the folder pushed to it does not have. Returns the commit, None without any.
-    """
-    api = HfApi(token=token)
-    names = [name for name in api.list_repo_files(repo_id, revision=revision) if _WEIGHT_FILES.fullmatch(name)]
-    stale = [CommitOperationDelete(name) for name in names if not os.path.isfile(os.path.join(folder, name))]
-    if not stale:
-        return None
-    message = "Delete weights of an earlier push"
-    return api.create_commit(repo_id, stale, commit_message=message, revision=revision)
-
-
 class SparseqPreTrainedModel(PreTrainedModel):
     """What all Sparseq models share: initial weights, tied weights, and which features of the library they support."""
 
@@ -1098,16 +1083,52 @@ class SparseqPreTrainedModel(PreTrainedModel):
         return {name: tensor for name, tensor in gathered.items() if tied.get(name) not in gathered}
 
     def _upload_modified_files(
-        self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
+        self,
+        working_dir: str | os.PathLike[str],
+        repo_id: str,
+        files_timestamps: dict[str, float],
+        commit_message: str | None = None,
+        token: bool | str | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+        commit_description: str | None = None,
     ) -> Any:
-        if not os.path.isfile(os.path.join(working_dir, "config.json")):
-            return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-        # Copied again, because only files newer than the save's beginning are uploaded.
-        _copy_code(working_dir)
-        commit = super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-        # The library deletes nothing, and a model.safetensors left there would be loaded instead of shards pushed now.
-        revision = commit.pr_revision or kwargs.get("revision")
-        return _delete_stale_weights(working_dir, repo_id, revision, kwargs.get("token")) or commit
+        """
+        The library's, with the code, and without weights of an earlier push: the library deletes nothing, and a
+        model.safetensors left there would be loaded instead of shards pushed now. All in one commit, so that no state
+        of the repository has the weights of neither or of both.
+        """
+        folder = Path(working_dir)
+        if not (folder / "config.json").is_file():
+            return super()._upload_modified_files(
+                working_dir, repo_id, files_timestamps, commit_message, token, create_pr, revision, commit_description
+            )
+        _copy_code(folder)
+        api = HfApi(token=token)
+        if revision is not None and not revision.startswith("refs/pr") and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        there = api.model_info(repo_id, revision=revision)
+        held = [file.rfilename for file in there.siblings or ()]
+        stale = [name for name in held if _WEIGHT_FILES.fullmatch(name) and not (folder / name).is_file()]
+        new = [
+            path
+            for path in sorted(folder.iterdir())
+            if path.is_file()
+            and (path.name in CODE_FILES or path.stat().st_mtime > files_timestamps.get(path.name, -math.inf))
+        ]
+        return api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(path.name, path) for path in new),
+                *(CommitOperationDelete(name) for name in stale),
+            ],
+            commit_message=commit_message or "Upload model",
+            commit_description=commit_description,
+            create_pr=create_pr,
+            revision=revision,
+            # What is deleted must be what was seen: somebody else may push meanwhile, and is not to lose weights.
+            parent_commit=there.sha if stale else None,
+        )
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,15 +17,20 @@ def check_card(text: str) -> None:
     Raises:
         ValueError: Everything that is wrong, named by its key and value.
     """
-    data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
     match = re.match(r"---\n(.*?)\n---\n", text, flags=re.DOTALL)
-    # The parsed card drops nulls and hides model-index in `eval_results`: these are read from the text.
-    raw = yaml.safe_load(match[1]) if match else None
+    try:
+        # The parsed card drops nulls and hides model-index in `eval_results`: these are read from the text.
+        raw = yaml.safe_load(match[1]) if match else None
+        data = ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except (yaml.YAMLError, TypeError, AttributeError) as error:
+        raise ValueError(f"The model card's metadata cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ValueError("The model card has no metadata: it must begin with a block of YAML between two lines `---`.")
     problems = [f"{path} is null" for path in _nulls(raw, "")]
     problems += [f"`{name}` is missing" for name in ("library_name", "tags") if name not in raw]
     languages = raw.get("language", [])
+    if not isinstance(languages, (str, list)):
+        raise ValueError(f"The model card's `language` is {languages!r}; in quotes it would be a code.")
     for code in [languages] if isinstance(languages, str) else languages:
         if not re.fullmatch(r"[a-z]{2,3}|multilingual|code", str(code)):
             problems.append(f"`language` {code!r} is no ISO 639 code of two or three letters")

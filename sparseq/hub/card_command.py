@@ -87,6 +87,9 @@ def run(args: argparse.Namespace) -> int:
         if args.dry_run:
             print(files["README.md"], end="")
             return 0
+        # Pushed first: a card that is written is not made again, and what the Hub refuses must be.
+        if repository is not None:
+            print(f"Pushed: {_push(repository, files)}")
         _write(files, folder)
         print(f"Written: {', '.join(str(folder / name) for name in files)}")
     else:
@@ -98,7 +101,6 @@ def run(args: argparse.Namespace) -> int:
         if args.push is None or args.dry_run:
             print(files["README.md"], end="")
             return 0
-    if repository is not None:
         print(f"Pushed: {_push(repository, files)}")
     return 0
 

@@ -158,7 +158,7 @@ def describe_plan(check: FolderCheck, repository: Repository, *, private: bool =
     stale = stale_files(check, repository)
     if not repository.exists:
         seen = "does not exist yet, as far as this token can see"
-        place = f"{repository.name} {seen}: it is created {'private' if private else 'public'}"
+        place = f"{repository.name} {seen}: it is created, {'private' if private else 'public or as its owner has it'}"
     else:
         place = f"{repository.name} exists ({'private' if repository.private else 'public'})"
     lines = [place]
@@ -234,7 +234,8 @@ def push_folder(
     hashes = {path: _hashes(one) for path, one in tqdm(additions.items(), desc="Hashing", leave=False)}
     with explained(name, repository.branch):
         if not repository.exists:
-            api.create_repo(name, private=private, exist_ok=True)
+            # Not False: an organization's own default may be private.
+            api.create_repo(name, private=private or None, exist_ok=True)
             say(f"Created {name}.")
         if not repository.has_branch and repository.branch != MAIN:
             api.create_branch(name, branch=repository.branch, exist_ok=True)

@@ -165,7 +165,13 @@ def check_hub(recipe: Recipe) -> None:
     with explained(hub.repo):
         HfApi().create_repo(hub.repo, private=hub.private, exist_ok=True)
         HfApi().auth_check(hub.repo, write=True)
-    held = read_repository(hub.repo).files
+    repository = read_repository(hub.repo)
+    if hub.private and not repository.private:
+        raise ValueError(
+            f"`hub.private` is true, but {hub.repo} is there already and public: make it private in its settings on "
+            "the Hub, or name another repository"
+        )
+    held = repository.files
     other = "config.json" if recipe.lora is not None else "adapter_config.json"
     if other in held:
         raise ValueError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from peft import get_peft_model
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, set_seed
 
@@ -158,8 +158,11 @@ def recipe(folder: Path) -> None:
     os.environ["HF_TOKEN"] = token
     for repo in ("other/new", "other/theirs"):
         statuses.append(sparseq([*train[:2], f"hub.repo={repo}", *train[2:]]))
+    # What is to be private does not become public because the repository is there.
+    HfApi().create_repo("owner/open")
+    statuses.append(sparseq([*train[:2], "hub.repo=owner/open", "hub.private=true", *train[2:]]))
     assert not (folder / "run").exists()
-    assert statuses == [2, 2, 2]
+    assert statuses == [2, 2, 2, 2]
     assert sparseq([*train[:2], *hub, *train[2:]]) == 0
 
 

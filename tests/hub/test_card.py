@@ -204,6 +204,8 @@ def test_facts_that_the_hub_would_refuse(facts: CardFacts, message: str) -> None
         (("      type: someone/captions\n", "      type: null\n"), "`model-index.0.results.0.dataset.type` is null"),
         (("      value: 29.3456\n", ""), "no metric with `type` and `value`"),
         (("---\n", ""), "no metadata"),
+        (("library_name: transformers\n", "tags: [a\n"), "metadata cannot be read"),
+        (("library_name: transformers\n", "library_name: transformers\nlanguage: no\n"), "`language` is False"),
     ],
 )
 def test_check_card(change: tuple[str, str], message: str) -> None:

@@ -11,6 +11,7 @@ from peft import get_peft_model
 
 from sparseq import SparseqForConditionalGeneration, SparseqTokenizer
 from sparseq.cli import main
+from sparseq.hub import card_command
 from sparseq.hub.card import check_card
 from sparseq.training.lora import lora_config
 
@@ -146,6 +147,25 @@ def test_mistakes_change_nothing(
     assert message in error
     assert error.count("\n") == 2, "one line, and the hint"
     assert (folder / "README.md").read_text("utf-8") == DRAFT
+
+
+def test_a_push_that_fails_leaves_the_card_as_it_was(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the draft, which knows what the new card is made of, would be gone when the command is given again."""
+
+    def refuse(*_: Any) -> str:
+        raise OSError("no rights")
+
+    monkeypatch.setattr(card_command, "_repository", lambda *_: "the repository")
+    monkeypatch.setattr(card_command, "_push", refuse)
+    assert main(["card", str(folder), "--push", "owner/model"]) == 2
+    assert "no rights" in capsys.readouterr().err
+    assert (folder / "README.md").read_text("utf-8") == DRAFT
+    monkeypatch.setattr(card_command, "_push", lambda *_: "the commit")
+    assert main(["card", str(folder), "--push", "owner/model"]) == 0
+    assert "Pushed: the commit" in capsys.readouterr().out
+    assert (folder / "README.md").read_text("utf-8") != DRAFT
 
 
 def test_another_kind_of_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

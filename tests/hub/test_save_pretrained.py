@@ -11,13 +11,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers.dynamic_module_utils
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelInfo
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, Trainer, TrainingArguments
 
 import sparseq
-from sparseq import SparseqConfig, SparseqEncoderModel, SparseqForConditionalGeneration, SparseqModel
+from sparseq import (
+    SparseqConfig,
+    SparseqEncoderModel,
+    SparseqForConditionalGeneration,
+    SparseqModel,
+    modeling_sparseq,
+)
 from sparseq.modeling_sparseq import AUTO_MAP, CODE_FILES
 from tests.hub.client import observe
 from tests.hub.conftest import Client
@@ -137,3 +144,43 @@ def test_a_configuration_alone(config: SparseqConfig, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path / "config")
     assert names(tmp_path / "config") == {"config.json", "configuration_sparseq.py"}
     assert AutoConfig.from_pretrained(tmp_path / "config") == config
+
+
+def test_a_push_is_one_commit_and_deletes_only_what_it_saw(
+    model: SparseqForConditionalGeneration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commits could be cut in between, or cross with another push: a repository with the weights of neither."""
+    calls: list[dict[str, Any]] = []
+    held = ["README.md", "model.safetensors.index.json", "model-00001-of-00001.safetensors", "notes.safetensors"]
+
+    class Api:
+        def __init__(self, token: Any = None) -> None:
+            pass
+
+        def create_branch(self, repo_id: str, **options: Any) -> None:
+            assert options == {"branch": "next", "exist_ok": True}
+
+        def model_info(self, repo_id: str, revision: str | None = None) -> ModelInfo:
+            return ModelInfo(id=repo_id, sha="a" * 40, siblings=[{"rfilename": name} for name in held])
+
+        def create_commit(self, repo_id: str, operations: list[Any], **options: Any) -> str:
+            calls.append({"repo_id": repo_id, "operations": operations, **options})
+            return "the commit"
+
+    monkeypatch.setattr(modeling_sparseq, "HfApi", Api)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "old.txt").write_text("was there before")
+    stamps = {"old.txt": (tmp_path / "old.txt").stat().st_mtime}
+    done = model._upload_modified_files(tmp_path, "owner/model", stamps, revision="next", commit_message="third")
+    assert done == "the commit"
+    (call,) = calls
+    added = {one.path_in_repo for one in call["operations"] if isinstance(one, CommitOperationAdd)}
+    deleted = {one.path_in_repo for one in call["operations"] if isinstance(one, CommitOperationDelete)}
+    assert added == GENERATING
+    assert deleted == {"model.safetensors.index.json", "model-00001-of-00001.safetensors"}
+    assert (call["parent_commit"], call["revision"], call["commit_message"]) == ("a" * 40, "next", "third")
+    # Without anything to delete, pushes of others do not matter.
+    held[:] = ["README.md"]
+    model._upload_modified_files(tmp_path, "owner/model", {}, create_pr=True)
+    assert calls[1]["parent_commit"] is None
+    assert calls[1]["create_pr"] is True
