@@ -37,8 +37,8 @@ def load_alone(
         folder: Where the files are.
         files: Their paths in `folder`; nothing else is seen by the process.
         auto_class: Name of the auto class that loads the model, or an adapter's base model.
-        base_model: For an adapter: id or folder of its base model. It is loaded from the Hub or the cache, with the
-            settings and the token of this process.
+        base_model: For an adapter: id or folder of its base model. Its configuration and weights are fetched by this
+            process; the code is this package's, because that of somebody else's repository is nobody's wish to run.
         base_revision: For an adapter: the base model's revision.
         grows_vocabulary: For an adapter: the base model first gets rows for all tokens of the tokenizer.
 
@@ -49,11 +49,16 @@ def load_alone(
         copy = Path(home) / "model"
         for name in files:
             _link(Path(folder, name).resolve(), copy / name)
+        base = Path(home) / "base"
+        if base_model is not None:
+            try:
+                _fetch_base(base_model, base_revision, base)
+            except (OSError, ValueError) as error:
+                return f"fetching the base model {base_model}: {' '.join(str(error).split())}"
         task = {
             "folder": str(copy),
             "auto_class": auto_class,
-            "base_model": base_model,
-            "base_revision": base_revision,
+            "base_model": None if base_model is None else str(base),
             "grows_vocabulary": grows_vocabulary,
             "report": str(Path(home) / "report.json"),
         }
@@ -62,7 +67,7 @@ def load_alone(
             # Isolated: neither the current folder nor PYTHONPATH lends it modules.
             [sys.executable, "-I", __file__, str(Path(home) / "task.json")],
             cwd=home,
-            env=_environment(home, needs_hub=base_model is not None),
+            env=_environment(home),
             # A question about trust must be an answer of "no", not a wait.
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -89,20 +94,40 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _environment(home: str, *, needs_hub: bool) -> dict[str, str]:
-    """Environment variables of the process: no caches of this one, and no access to the Hub unless it is needed."""
-    environment = {
-        **os.environ,
+def _fetch_base(name: str, revision: str | None, folder: Path) -> None:
+    """Put the configuration and the weights of a base model into a folder, with the code of this package.
+
+    Raises:
+        OSError, ValueError: It cannot be fetched.
+    """
+    # Imported here: the process that this file is run in has no such package.
+    from huggingface_hub import snapshot_download
+
+    from sparseq.modeling_sparseq import CODE_FILES
+
+    data = ["*.json", "*.safetensors"]
+    place = Path(name)
+    if not place.is_dir():
+        place = Path(snapshot_download(name, revision=revision, allow_patterns=data, ignore_patterns=["*/*"]))
+    for pattern in data:
+        for path in place.glob(pattern):
+            _link(path.resolve(), folder / path.name)
+    for code in CODE_FILES:
+        shutil.copyfile(Path(__file__).parent.parent / code, folder / code)
+
+
+def _environment(home: str) -> dict[str, str]:
+    """Environment variables of the process: no caches of this one, no token and no access to the Hub."""
+    secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
+    return {
+        **{name: value for name, value in os.environ.items() if name not in secrets},
+        "HF_HOME": os.path.join(home, "hf"),
+        "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": os.path.join(home, "modules"),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore",
     }
-    if not needs_hub:
-        secrets = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
-        environment = {name: value for name, value in environment.items() if name not in secrets}
-        environment |= {"HF_HOME": os.path.join(home, "hf"), "HF_HUB_OFFLINE": "1"}
-    return environment
 
 
 class _Absent(importlib.abc.MetaPathFinder):
@@ -126,12 +151,11 @@ def _first_failure(task: Mapping[str, Any]) -> str | None:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             source = tokenizer(_TEXT, return_tensors="pt")["input_ids"]
 
-        step = f"loading the base model {base}" if base else "loading the model with trust"
+        step = "loading the base model" if base else "loading the model with trust"
         model, loading = getattr(transformers, task["auto_class"]).from_pretrained(
             base or folder,
             trust_remote_code=True,
             output_loading_info=True,
-            **({"revision": task["base_revision"]} if base and task["base_revision"] else {}),
         )
         for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
             if keys := sorted(map(str, loading.get(kind) or ())):

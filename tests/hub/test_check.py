@@ -23,6 +23,8 @@ from sparseq.hub.check import FolderCheck, check_folder, describe_contents
 from sparseq.hub.contents import LARGEST, format_size
 from sparseq.hub.folder import write_hub_folder
 from sparseq.hub.upload import check_loads
+from sparseq.modeling_sparseq import CODE_FILES
+from sparseq.training.lora import lora_config
 
 UPLOADS = {
     "config.json",
@@ -457,7 +459,7 @@ def test_what_needs_the_package_does_not_load(folder: Path) -> None:
 
 def first_failure(folder: Path, **more: Any) -> str | None:
     """What the process would report; run in this one, which has imported everything already."""
-    task = {"auto_class": "AutoModelForSeq2SeqLM", "base_model": None, "base_revision": None, **more}
+    task = {"auto_class": "AutoModelForSeq2SeqLM", "base_model": None, **more}
     return alone._first_failure({"grows_vocabulary": False, "folder": str(folder), **task})
 
 
@@ -544,3 +546,23 @@ def test_sizes() -> None:
     sizes = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 9_949: "9.9 kB", 9_950: "10 kB", 999_499: "999 kB"}
     sizes |= {999_500: "1.0 MB", 12_345_678: "12 MB", 3 * 10**9: "3.0 GB", 5 * 10**15: "5000 TB"}
     assert {size: format_size(size) for size in sizes} == sizes
+
+
+def test_the_code_of_an_adapter_s_base_model_is_not_run(
+    model: SparseqForConditionalGeneration, tmp_path: Path
+) -> None:
+    """It may be anybody's repository."""
+    base, marker = tmp_path / "base", tmp_path / "marker"
+    model.save_pretrained(base)
+    for name in CODE_FILES:
+        (base / name).write_text(f"open({str(marker)!r}, 'w').close()\nraise SystemExit\n")
+    model.name_or_path = str(base)
+    adapter = tmp_path / "adapter"
+    get_peft_model(model, lora_config(model, "attention", rank=2)).save_pretrained(adapter)
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    options = {"auto_class": "AutoModelForSeq2SeqLM", "base_model": str(base)}
+    assert load_alone(adapter, files, **options) is None
+    assert not marker.exists()
+    # Nor is what cannot be fetched passed over.
+    (base / "model.safetensors").unlink()
+    assert "base" in str(load_alone(adapter, files, **options))

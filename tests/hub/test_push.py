@@ -410,7 +410,7 @@ def adapter_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_adapters(hub: HubServer, terminal: Terminal, model_folder: Path, adapter_folder: Path) -> None:
     """An adapter is loaded upon its base from the Hub before it is pushed, to a repository of its own."""
     result = terminal.push(adapter_folder, "owner/adapter", load=True)
-    assert "does not work where sparseq is not installed: loading the base model owner/base: " in result.error
+    assert "does not work where sparseq is not installed: fetching the base model owner/base: " in result.error
     assert result.writes == []
     assert ("models", "owner/adapter") not in hub.repositories
     assert terminal.push(model_folder, "owner/base", "--private").status == 0
