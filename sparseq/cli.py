@@ -58,6 +58,9 @@ EXTRAS = {
     "sentencepiece": "convert",
     "matplotlib": "plot",
     "tensorboard": "tensorboard",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "ctranslate2": "ctranslate2",
 }
 """Packages that only some users need, and the extra of ours that installs each."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-OPTIONAL = {"accelerate", "datasets", "evaluate", "matplotlib", "peft", "pyarrow", "sacrebleu"}
+OPTIONAL = {"accelerate", "datasets", "evaluate", "matplotlib", "onnx", "onnxruntime", "peft", "pyarrow", "sacrebleu"}
 BASELINE = "from transformers import MarianMTModel"
 
 # One worker runs all of these, so that each process is started once.
