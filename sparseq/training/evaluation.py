@@ -8,6 +8,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sparseq.translation.batches import fill_batches
+
 
 def translate_batchwise(
     model: PreTrainedModel,
@@ -45,7 +47,7 @@ def translate_batchwise(
     encoded = tokenizer([prefix + sources[index] for index in present], verbose=False, **truncation)["input_ids"]
     bar = tqdm(total=len(present), desc="translating", unit="sentence", disable=None if progress else True)
     with evaluating(model), bar:
-        for rows in _batches([len(ids) for ids in encoded], batch_tokens):
+        for rows in fill_batches([len(ids) for ids in encoded], batch_tokens):
             batch = tokenizer.pad({"input_ids": [encoded[row] for row in rows]}, return_tensors="pt", verbose=False)
             with torch.inference_mode():
                 generate: Any = model.generate
@@ -65,15 +67,3 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices by falling length, cut so that each batch, padded, holds at most `budget` tokens (or one sentence)."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
