@@ -1,0 +1,113 @@
+"""A model's graphs as a folder of files that any program with ONNX Runtime can run."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from ..configuration_sparseq import SPARSEQ_VERSION
+from ..model_folder import new_folder
+from ..modeling_sparseq import SparseqForConditionalGeneration
+from .models import ModelGraphs
+from .nodes import WeightFile
+from .operators import FloatOperators
+
+# What the files mean. Raised when inputs, outputs or the record change, so that an earlier folder is not taken for one
+# of this version.
+GRAPH_FORMAT = 1
+_RECORD = "graphs.json"
+_WEIGHTS = "weights.bin"
+
+# Of a saved configuration, what says nothing of the model.
+_VOLATILE = ("_name_or_path", "auto_map", "sparseq_version", "transformers_version")
+
+Precision = Literal["float32", "int8"]
+
+
+def export_graphs(
+    model: SparseqForConditionalGeneration, folder: str | Path, *, precision: Precision = "float32"
+) -> None:
+    """Write a model as ONNX graphs for ONNX Runtime.
+
+    The folder gets `encoder.onnx`, `prefill.onnx`, `step.onnx` and `step_attention.onnx` (the step that also gives
+    cross-attention), whose inputs and outputs `ModelGraphs` describes; their weights, each stored once, in
+    `weights.bin`; and `graphs.json`, which names precision, configuration, inputs and outputs.
+
+    Args:
+        model: The model, of any type; its weights are taken in float32.
+        folder: The folder to be; it appears when it is complete.
+        precision: "float32", or "int8" for linear layers, experts and embeddings in 8 bits.
+
+    Raises:
+        FileExistsError: The folder is there already.
+        ValueError: The model has something that no graph can express.
+    """
+    if precision != "float32":
+        raise ValueError(f'`precision` must be "float32", but is {precision!r}')
+    with new_folder(folder) as partial:
+        weights = WeightFile(partial / _WEIGHTS)
+        graphs = ModelGraphs(model, weights, FloatOperators())
+        written = {
+            "encoder": graphs.encoder(),
+            "prefill": graphs.prefill(),
+            "step": graphs.step(),
+            "step_attention": graphs.step(gives_attention=True),
+        }
+        weights.close()
+        for name, graph in written.items():
+            onnx.save(graph.model(), partial / f"{name}.onnx")
+        record = {
+            "format": GRAPH_FORMAT,
+            "sparseq_version": SPARSEQ_VERSION,
+            "precision": precision,
+            "graphs": {
+                name: {"file": f"{name}.onnx", "inputs": graph.inputs, "outputs": graph.outputs}
+                for name, graph in written.items()
+            },
+            "config": json.loads(model.config.to_json_string(use_diff=False)),
+        }
+        (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """What `export_graphs` says of its files.
+
+    Raises:
+        FileNotFoundError: The folder holds no graphs.
+        ValueError: They are in another format.
+    """
+    path = Path(folder) / _RECORD
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {_RECORD}: export a model into it with `export_graphs()`.")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["format"] != GRAPH_FORMAT:
+        raise ValueError(
+            f"{path} is in format {record['format']}, but this version of Sparseq reads format {GRAPH_FORMAT}: export "
+            "the model anew."
+        )
+    return record
+
+
+def graph_folder_name(checkpoint: str | Path, precision: Precision) -> str:
+    """The name under which graphs of a checkpoint are kept: another one for other weights, configuration or format.
+
+    Args:
+        checkpoint: A model's folder. Its files count by what they hold, not by their dates.
+        precision: As for `export_graphs`.
+
+    Raises:
+        FileNotFoundError: The folder holds no configuration or no weights.
+    """
+    checkpoint = Path(checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    kept = {name: value for name, value in config.items() if name not in _VOLATILE}
+    weights = sorted(path for kind in ("*.safetensors", "*.bin") for path in checkpoint.glob(kind))
+    if not weights:
+        raise FileNotFoundError(f"{checkpoint} holds no weights (*.safetensors or *.bin).")
+    digest = hashlib.sha256(json.dumps([GRAPH_FORMAT, kept], sort_keys=True).encode())
+    for path in weights:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"onnx-{precision}-{digest.hexdigest()[:16]}"
