@@ -7,14 +7,14 @@ are `(N, H)` throughout.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..configuration_sparseq import SparseqConfig
-from ..modeling_sparseq import SparseqMLP, SparseqSparseMLP
+from ..modeling_sparseq import SparseqMLP
 from .nodes import Graph
 from .operators import Operators
 
@@ -96,12 +96,11 @@ class Layers:
         total = self.graph.node("Add", states, output)
         return self.norm(total, name, norm) if self.config.norm_position == "post" else total
 
-    def feed_forward(self, states: str, name: str, mlp: SparseqMLP | SparseqSparseMLP) -> str:
+    def feed_forward(self, states: str, name: str, mlp: SparseqMLP) -> str:
         """Dense feed-forward layer, plain or gated."""
-        assert isinstance(mlp, SparseqMLP)
         activation = self.config.activation_function
         if self.config.gated_ffn:
-            gate = self.linear(states, f"{name}.gate_proj", cast(nn.Linear, mlp.gate_proj), activation)
+            gate = self.linear(states, f"{name}.gate_proj", mlp.gate_proj, activation)
             inner = self.graph.node("Mul", gate, self.linear(states, f"{name}.up_proj", mlp.up_proj))
         else:
             inner = self.linear(states, f"{name}.up_proj", mlp.up_proj, activation)

@@ -10,6 +10,7 @@ from ..configuration_sparseq import SparseqConfig
 from ..modeling_sparseq import SparseqDecoderLayer, SparseqEncoderLayer, SparseqForConditionalGeneration
 from .activations import check_activation
 from .attention import Shape, SourceAttention, TargetAttention
+from .experts import feed_forward
 from .heads import head_rows
 from .layers import Layers, Projection, array_of, parameters_of
 from .nodes import Graph, WeightFile
@@ -148,7 +149,7 @@ class ModelGraphs:
         self, layers: Layers, states: str, name: str, layer: SparseqEncoderLayer | SparseqDecoderLayer
     ) -> str:
         norm = f"{name}.final_layer_norm", layer.final_layer_norm
-        output = layers.feed_forward(layers.enter(states, *norm), f"{name}.mlp", layer.mlp)
+        output = feed_forward(layers, layers.enter(states, *norm), f"{name}.mlp", layer.mlp)
         return layers.leave(states, output, *norm)
 
     def _write_cross(self, layers: Layers, attention: SourceAttention, states: str) -> None:

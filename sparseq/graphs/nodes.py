@@ -103,12 +103,11 @@ class Graph:
         return self.node_of_many(operator, *inputs, outputs=1, domain=domain, **attributes)[0]
 
     def node_of_many(
-        self, operator: str, *inputs: str, outputs: int | Sequence[bool], domain: str = "", **attributes: Any
+        self, operator: str, *inputs: str, outputs: int, domain: str = "", **attributes: Any
     ) -> list[str]:
-        """Add a node and return the names of its outputs: so many, or an empty name where one is not wanted."""
-        wanted = [True] * outputs if isinstance(outputs, int) else list(outputs)
+        """Add a node and return the names of its outputs."""
         number = len(self._nodes)
-        names = [f"{operator}_{number}_{index}" if want else "" for index, want in enumerate(wanted)]
+        names = [f"{operator}_{number}_{index}" for index in range(outputs)]
         node = helper.make_node(operator, inputs, names, name=f"{operator}_{number}", domain=domain, **attributes)
         self._nodes.append(node)
         return names

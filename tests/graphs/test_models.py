@@ -40,7 +40,18 @@ CHOICES: dict[str, list[Any]] = {
     "ffn_bias": [True, False],
     "final_logits_bias": [True, False],
     "d_model": [32, 48, 80],
-    "num_experts": [0],
+}
+EXPERTS: dict[str, list[Any]] = {
+    "num_experts": [4, 5],
+    "num_experts_per_tok": [2, 3],
+    "encoder_sparse_step": [0, 1, 2],
+    "decoder_sparse_step": [1],
+    "expert_ffn_dim": [16, 24],
+    "expert_bias": [True, False],
+    "num_shared_experts": [0, 2],
+    "router_scoring": ["softmax", "sigmoid"],
+    "norm_topk_prob": [True, False],
+    "router_balancing": ["aux_loss", "loss_free"],
 }
 POSITIONS: list[dict[str, Any]] = [
     {"position_embedding_type": "sinusoidal"},
@@ -52,9 +63,10 @@ POSITIONS: list[dict[str, Any]] = [
 
 
 def drawn_model(seed: int) -> SparseqForConditionalGeneration:
-    """A model of a configuration drawn from `CHOICES`, no parameter of which is zero."""
+    """A model of a drawn configuration, sparse if the seed is odd, no parameter of which is zero."""
     draw = random.Random(seed)
-    fields = {name: draw.choice(values) for name, values in CHOICES.items()}
+    choices = {**CHOICES, **(EXPERTS if seed % 2 else {"num_experts": [0]})}
+    fields = {name: draw.choice(values) for name, values in choices.items()}
     model = tiny_model(seed, **fields, **POSITIONS[seed % len(POSITIONS)])
     generator = torch.Generator().manual_seed(seed)
     for tensor in (*model.parameters(), *model.buffers()):
@@ -94,7 +106,7 @@ def assert_equal_to_model(model: SparseqForConditionalGeneration, folder: Path) 
     np.testing.assert_allclose(attention, expected_attention[:, PREFIX:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(30))
 def test_graphs_compute_what_the_model_computes(seed: int, tmp_path: Path) -> None:
     assert_equal_to_model(drawn_model(seed), tmp_path / "graphs")
 
