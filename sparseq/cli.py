@@ -38,7 +38,7 @@ COMMANDS: dict[str, Command] = {
         "sparseq.conversion.convert_command",
         "make a Sparseq model of a BART, Marian, mBART, M2M100 or Pegasus checkpoint",
     ),
-    "export": Command("sparseq.conversion.export_command", "write a Sparseq model as one of those architectures"),
+    "export": Command("sparseq.conversion.export_command", "write a model for a runtime, or as one of those types"),
     "upcycle": Command("sparseq.conversion.upcycle_command", "give a dense model experts and grouped queries"),
     "densify": Command("sparseq.conversion.densify_command", "make a dense model of a sparse one"),
     "train-tokenizer": Command("sparseq.training.tokenizer_command", "train a tokenizer on text files or a dataset"),

@@ -29,6 +29,18 @@ def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="data type of the weights (default: that of the source)")
 
 
+def experts_argument(text: str) -> str:
+    """The value of an option that says what becomes of experts: "mean", or the numbers of those that are kept."""
+    if text != "mean" and not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"must be mean, or numbers of experts such as 3 or 0,3, but is {text!r}")
+    return text
+
+
+def kept_experts(text: str) -> tuple[int, ...] | None:
+    """The experts that such a value names; None for the mean of all."""
+    return None if text == "mean" else tuple(map(int, text.split(",")))
+
+
 def option_of(name: str) -> str:
     """The option that an attribute of the parsed arguments comes from."""
     return f"--{name.replace('_', '-')}"

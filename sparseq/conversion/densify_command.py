@@ -1,10 +1,9 @@
 """`sparseq densify`: a dense model made of a mixture-of-experts one."""
 
 import argparse
-import re
 
 from sparseq.conversion.changed_folder import add_folder_arguments, change_folder
-from sparseq.conversion.command import recorded_command
+from sparseq.conversion.command import experts_argument, kept_experts, recorded_command
 
 _EPILOG = """\
 examples:
@@ -35,7 +34,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add_folder_arguments(parser)
     parser.add_argument(
         "--experts",
-        type=_experts,
+        type=experts_argument,
         required=True,
         metavar="mean|INDEX[,INDEX...]",
         help="the mean of all experts' weights, or the experts to keep, counted from 0, the same in every layer",
@@ -53,16 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Merge, write, measure and report; returns the exit status."""
     from sparseq.conversion.merged_experts import MergedExperts
 
-    merged = MergedExperts(experts=args.experts, seed=args.seed)
-    named = "mean" if args.experts is None else ",".join(map(str, args.experts))
-    options = {"revision": args.revision, "experts": named, "seed": args.seed}
+    merged = MergedExperts(experts=kept_experts(args.experts), seed=args.seed)
+    options = {name: getattr(args, name) for name in ("revision", "experts", "seed")}
     change_folder(args, [merged], recorded_command("densify", args.checkpoint, options))
     return 0
-
-
-def _experts(text: str) -> tuple[int, ...] | None:
-    if text == "mean":
-        return None
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"must be mean, or numbers of experts such as 3 or 0,3, but is {text!r}")
-    return tuple(map(int, text.split(",")))

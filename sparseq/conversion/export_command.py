@@ -1,98 +1,187 @@
-"""`sparseq export`: a Sparseq model as one of the library's own architectures."""
+"""`sparseq export`: a Sparseq model for other programs, as one of the library's architectures or for a runtime."""
 
 import argparse
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparseq.conversion.command import add_dtype_argument, add_output_arguments, recorded_command
+from sparseq.conversion.command import (
+    add_dtype_argument,
+    add_output_arguments,
+    experts_argument,
+    option_of,
+    recorded_command,
+)
 
-# What it brings in takes a moment, and `sparseq --help` needs none of it.
+# What they bring in takes a moment, and `sparseq --help` needs none of it.
 if TYPE_CHECKING:
-    from sparseq.conversion.plan import Plan
+    from sparseq.conversion.exporting import Checkpoint, Export
 
 _EPILOG = """\
+targets:
+{targets}
+
 examples:
-  sparseq export models/bart exported --to bart
-      a model that was converted, and perhaps trained further, back as a BART of the library
+  sparseq export models/en-de exported --to marian
+      a model that was converted, and perhaps trained further, back as a MarianMT of the library
+  sparseq export outputs/dense exported --to ctranslate2 --quantization int8
+      for CTranslate2, with weights of 8 bits
+  sparseq export outputs/sparse exported --to ctranslate2 --merge-experts mean
+      likewise, each mixture of experts made one layer, which changes what the model computes
   sparseq export outputs/dense exported --to marian --dry-run
       does a model that was trained here fit? what would become of every tensor?
 
-The model must be one that the architecture can represent: dense, and with that architecture's positions and norms. If
-it is not, the message says what is in the way. What was converted and is exported again has the same weights, bit by
-bit.
+The targets of the library have no experts, and the model must be built as they are; what was converted and is exported
+again has the same weights, bit by bit. A folder for a runtime has the tokenizer, and a README.md that says how to run
+it. docs/export.md has more.
 """
+# As `ctranslate2.specs.model_spec.ACCEPTED_MODEL_TYPES`, which takes a moment to import.
+_QUANTIZATIONS = (
+    *("int8", "int8_float32", "int8_float16", "int8_bfloat16"),
+    *("int16", "float16", "bfloat16", "float32"),
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a model can be exported to.
+
+    Attributes:
+        title: What it is, for `--help`.
+        prepare: Checks a model and says what would be written.
+        options: The options of the command that are for this target, by their attributes.
+    """
+
+    title: str
+    prepare: "Callable[[Checkpoint, argparse.Namespace], Export]"
+    options: tuple[str, ...]
+
+
+def _library(checkpoint: "Checkpoint", args: argparse.Namespace) -> "Export":
+    from sparseq.conversion.library_export import LibraryExport
+
+    return LibraryExport.prepared(checkpoint, to=args.to, dtype=args.dtype, max_shard_size=args.max_shard_size)
+
+
+def _ctranslate2(checkpoint: "Checkpoint", args: argparse.Namespace) -> "Export":
+    from sparseq.conversion.ctranslate2_export import CTranslate2Export
+
+    return CTranslate2Export.prepared(
+        checkpoint, quantization=args.quantization, merge_experts=args.merge_experts, positions=args.positions
+    )
+
+
+_OF_LIBRARY = ("dtype", "max_shard_size")
+TARGETS: dict[str, Target] = {
+    "bart": Target("BART of the library", _library, _OF_LIBRARY),
+    "marian": Target("MarianMT of the library", _library, _OF_LIBRARY),
+    "mbart": Target("mBART of the library", _library, _OF_LIBRARY),
+    "pegasus": Target("Pegasus of the library", _library, _OF_LIBRARY),
+    "m2m_100": Target("M2M100 of the library", _library, _OF_LIBRARY),
+    "ctranslate2": Target(
+        "for ctranslate2.Translator; dense models", _ctranslate2, ("quantization", "merge_experts", "positions")
+    ),
+}
+"""The targets by the names that `--to` takes: model types of the library, and runtimes."""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Register the sub-command."""
     parser = subparsers.add_parser(
         "export",
-        help="make a BART, Marian, mBART, M2M100 or Pegasus checkpoint of a Sparseq model",
-        description="Write a Sparseq model as one of the library's own architectures, which needs no code of ours.",
-        epilog=_EPILOG,
+        help="write a model for CTranslate2, or as a BART, Marian, ... of the library",
+        description="Write a Sparseq model for other programs: as one of the library's own architectures, or for a\n"
+        "runtime. Neither needs code of ours to load it.",
+        epilog=_EPILOG.format(targets="\n".join(_lines())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a Sparseq model")
-    parser.add_argument(
-        "--to", required=True, metavar="TYPE", help="model type: bart, marian, mbart, m2m_100 or pegasus"
-    )
-    add_dtype_argument(parser)
+    parser.add_argument("--to", required=True, metavar="TARGET", help=f"what for: {', '.join(TARGETS)}")
     add_output_arguments(parser)
+    # Whether it was given matters, since not every target takes it.
+    parser.set_defaults(max_shard_size=None)
+    add_dtype_argument(parser)
+    parser.add_argument(
+        "--quantization",
+        choices=_QUANTIZATIONS,
+        metavar="TYPE",
+        help=f"what weights are stored as: {', '.join(_QUANTIZATIONS)} (default: their type)",
+    )
+    parser.add_argument(
+        "--merge-experts",
+        type=experts_argument,
+        metavar="mean|INDEX[,INDEX...]",
+        help="make a sparse model dense first, as `sparseq densify --experts` does",
+    )
+    parser.add_argument(
+        "--positions",
+        type=_count,
+        metavar="N",
+        help="length of the longest source or target, where the model sets no limit but the target needs one",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Export and report; returns the exit status."""
+    target = _target(args)
+    from sparseq.conversion.exporting import Checkpoint
     from sparseq.conversion.license import carry_license, origin_facts
+    from sparseq.conversion.plan import write_record
     from sparseq.conversion.tokenizers import carry_tokenizer, has_tokenizer
     from sparseq.model_folder import check_new_folder, new_folder
 
     check_new_folder(args.output, force=args.force, keep=[args.checkpoint])
-    plan = make_plan(args.checkpoint, to=args.to, dtype=args.dtype)
+    export = target.prepare(Checkpoint.open(args.checkpoint), args)
     if args.dry_run:
-        print("\n".join(plan.report()))
+        print("\n".join(export.report()))
         return 0
     with new_folder(args.output, force=args.force) as partial:
-        plan.write_settings(partial)
+        export.write_settings(partial)
         if has_tokenizer(args.checkpoint):
             carry_tokenizer(args.checkpoint, partial)
         origin = origin_facts(str(args.checkpoint), args.checkpoint)
-        carry_license(origin, args.checkpoint, partial)
-        plan.write_weights(partial, max_shard_size=args.max_shard_size)
-        options = {"to": args.to, "dtype": args.dtype}
-        plan.write_record(partial, command=recorded_command("export", args.checkpoint, options), facts=origin)
-    print("\n".join(plan.report()))
+        carry_license(origin, args.checkpoint, partial, text=export.readme)
+        export.write_weights(partial)
+        command = recorded_command("export", args.checkpoint, _options(args, target))
+        write_record(partial, command=command, facts={**origin, **export.account()})
+    print("\n".join(export.report()))
     print(f"The model is in {args.output}.")
     return 0
 
 
-def make_plan(folder: Path, *, to: str, dtype: str | None = None) -> "Plan":
-    """The checked plan to export a checkpoint.
-
-    Args:
-        folder: A Sparseq model.
-        to: The model type to make it into.
-        dtype: Name of a data type for the weights; None keeps theirs.
+def _target(args: argparse.Namespace) -> Target:
+    """The target that is asked for.
 
     Raises:
-        FileNotFoundError: There is no such folder, or it has no weights.
-        ValueError: It is no sound Sparseq model, or one that the architecture cannot represent.
+        ValueError: There is no such target, or an option is given that is for others.
     """
-    import torch
+    if args.to not in TARGETS:
+        raise ValueError(f'There is no export to "{args.to}"; there is one to {", ".join(TARGETS)}.')
+    target = TARGETS[args.to]
+    for name in dict.fromkeys(name for other in TARGETS.values() for name in other.options):
+        if name not in target.options and getattr(args, name) is not None:
+            takers = [key for key, other in TARGETS.items() if name in other.options]
+            raise ValueError(f"{option_of(name)} is for {', '.join(takers)}; it has no effect with --to {args.to}.")
+    return target
 
-    from sparseq.conversion.convert import plan_export
-    from sparseq.conversion.sources import read_generation_config
-    from sparseq.conversion.tensors import Source
-    from sparseq.loading import check_model_files, load_config
 
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}.")
-    config = load_config(folder)
-    if config.model_type != "sparseq":
-        raise ValueError(f"{folder} is no Sparseq model: its model type is {config.model_type!r}.")
-    check_model_files(folder)
-    settings, notes = read_generation_config(folder, config)
-    plan = plan_export(Source(folder), config, settings, to, dtype=getattr(torch, dtype) if dtype else None)
-    plan.check()
-    return replace(plan, notes=[*plan.notes, *notes])
+def _options(args: argparse.Namespace, target: Target) -> dict[str, str | int | None]:
+    """The options that matter for what is made; how it is cut into files does not."""
+    return {name: getattr(args, name) for name in ("to", *target.options) if name != "max_shard_size"}
+
+
+def _lines() -> list[str]:
+    """The targets for `--help`, those that take the same options together."""
+    lines = []
+    for key, target in TARGETS.items():
+        options = " ".join(option_of(name) for name in target.options)
+        lines.append(f"  {key:<12} {target.title:<44} {options}".rstrip())
+    return lines
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, but is {text!r}")
+    return int(text)

@@ -39,9 +39,10 @@ def license_note(facts: dict[str, Any], folder: Path) -> str:
     return "No license was found in the source: find out under which one it is before you pass the model on."
 
 
-def carry_license(facts: dict[str, Any], source: Path, folder: Path) -> None:
+def carry_license(facts: dict[str, Any], source: Path, folder: Path, *, text: str = "") -> None:
     """Copy the files of a license, and write the facts as the metadata of a README.md, where `sparseq card` finds them
-    and a push takes them along."""
+    and a push takes them along, with `text` below."""
     copy_files(source, folder, LEGAL_FILES)
-    if facts:
-        write_files({CARD: f"---\n{ModelCardData(**facts).to_yaml()}\n---\n"}, folder)
+    metadata = f"---\n{ModelCardData(**facts).to_yaml()}\n---\n" if facts else ""
+    if metadata or text:
+        write_files({CARD: metadata + text}, folder)

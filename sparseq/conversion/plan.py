@@ -95,8 +95,7 @@ class Plan:
             command: What makes the model: "sparseq convert".
             facts: What else is known of it, as plain values.
         """
-        record = {"command": command, "sparseq": __version__, **facts, **self.account()}
-        (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_record(folder, command=command, facts={**facts, **self.account()})
 
     @property
     def is_exact(self) -> bool:
@@ -133,6 +132,12 @@ class Plan:
         total = len(self.source.specs)
         yield f"{total} tensors read, {len(self.left_out)} of them left out, {len(self.planned)} written."
         yield from self.notes
+
+
+def write_record(folder: Path, *, command: str, facts: Mapping[str, Any]) -> None:
+    """Write conversion.json: the command that makes what is in a folder, our version, and what else is known of it."""
+    record = {"command": command, "sparseq": __version__, **facts}
+    (folder / RECORD).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _pattern(name: str) -> str:

@@ -1,0 +1,93 @@
+"""What the targets of `sparseq export` have in common: a checkpoint to begin with, and what is made of it."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from sparseq.configuration_sparseq import SparseqConfig
+from sparseq.conversion.sources import read_generation_config
+from sparseq.conversion.tokenizers import has_tokenizer, read_tokenizer
+from sparseq.loading import check_model_files, load_config
+
+# No sentence of anybody's data.
+EXAMPLE = "A man is walking in the park."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Sparseq model to be exported, checked as far as that goes without reading weights.
+
+    Attributes:
+        folder: Where it lies.
+        config: Its configuration.
+        generation_config: How it generates.
+        notes: What a user should know of these settings, in sentences.
+    """
+
+    folder: Path
+    config: SparseqConfig
+    generation_config: GenerationConfig
+    notes: Sequence[str]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """
+        Raises:
+            FileNotFoundError: There is no such folder, or it has no weights.
+            ValueError: It is no sound Sparseq model.
+        """
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder}.")
+        config = load_config(folder)
+        if config.model_type != "sparseq":
+            raise ValueError(f"{folder} is no Sparseq model: its model type is {config.model_type!r}.")
+        check_model_files(folder)
+        settings, notes = read_generation_config(folder, config)
+        return cls(folder, config, settings, notes)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Its tokenizer; None where there is none."""
+        return read_tokenizer(self.folder) if has_tokenizer(self.folder) else None
+
+
+class Export(Protocol):
+    """A model that can be written in another form; everything that may be in the way has been checked."""
+
+    @property
+    def readme(self) -> str:
+        """What README.md says of how to run it; empty where the library knows how."""
+
+    def report(self) -> Iterable[str]:
+        """What becomes of the model, in lines for people."""
+
+    def account(self) -> Mapping[str, Any]:
+        """The same as plain values, for the record."""
+
+    def write_settings(self, folder: Path) -> None:
+        """Write what a tokenizer is loaded beside."""
+
+    def write_weights(self, folder: Path) -> None:
+        """Write all the rest.
+
+        Raises:
+            OSError, ValueError: The disk is full, or a weight cannot be stored.
+        """
+
+
+def example_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A source text as the model expects it, with the tag of a target language where it takes tags."""
+    return " ".join([*_tags(tokenizer)[:1], EXAMPLE])
+
+
+def language_note(tokenizer: PreTrainedTokenizerBase) -> str:
+    """How a source text says which language it is to be translated into; empty where it says nothing."""
+    listed = ", ".join(f"`{tag}`" for tag in _tags(tokenizer))
+    return f"Each text begins with the tag of the language to translate into: {listed}.\n\n" if listed else ""
+
+
+def _tags(tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
+    tags: Sequence[str] = getattr(tokenizer, "language_tags", ())
+    return tags
