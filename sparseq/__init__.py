@@ -11,6 +11,7 @@ from .modeling_sparseq import (
     SparseqModel,
     SparseqPreTrainedModel,
 )
+from .quantization_sparseq import SparseqInt8Config
 from .tokenization_sparseq import SparseqTokenizer
 
 __version__ = "0.1.0"
@@ -27,17 +28,23 @@ __all__ = [
     "SparseqConfig",
     "SparseqEncoderModel",
     "SparseqForConditionalGeneration",
+    "SparseqInt8Config",
     "SparseqModel",
     "SparseqPreTrainedModel",
     "SparseqTokenizer",
+    "Translator",
     "__version__",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when it is asked for: a Trainer brings packages that using a model does not need.
+    # Loaded when they are asked for: they bring packages that using a model does not need.
     if name == "SparseqCallback":
         from .training.callback import SparseqCallback
 
         return SparseqCallback
+    if name == "Translator":
+        from .translation.translator import Translator
+
+        return Translator
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

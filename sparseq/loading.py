@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sparseq.modeling_sparseq import SparseqEncoderModel, SparseqForConditionalGeneration, SparseqModel
+from sparseq.quantization_sparseq import INT8_METHOD, use_int8_modules
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -133,7 +134,7 @@ def load_model(
         ValueError: As `check_model_files`; or weights are missing, too many, of another shape or not finite.
     """
     if Path(name).is_dir():
-        check_model_files(name)
+        check_model_files(name, may_be_int8=True)
     try:
         model, report = auto_class.from_pretrained(
             name, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
@@ -162,16 +163,25 @@ def load_model(
     return model
 
 
-def check_model_files(folder: str | Path) -> None:
+def check_model_files(folder: str | Path, *, may_be_int8: bool = False) -> None:
     """Check the folder of a model or an adapter as far as that goes without reading weights: the files are whole, and
     the weights are those of the configuration. With an adapter its base model is checked, where that is a folder.
 
+    Args:
+        folder: The folder.
+        may_be_int8: Accept int8 weights, which can be run, but neither trained nor changed.
+
     Raises:
         FileNotFoundError: There are no weights.
-        ValueError: As `check_weights`, or generation_config.json is damaged.
+        ValueError: As `check_weights`, or generation_config.json is damaged, or the weights are int8.
     """
     folder = Path(folder)
     _check_model(folder)
+    if not may_be_int8 and (folder / "config.json").is_file() and _quantization(folder):
+        raise ValueError(
+            f"{folder} has int8 weights, which are for translating and scoring only: name the folder with the "
+            "floating-point weights that they were made from."
+        )
     if not (folder / "adapter_config.json").is_file():
         return
     base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
@@ -191,7 +201,8 @@ def check_weights(folder: str | Path) -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: There are no weights.
-        ValueError: As `tensor_files` and `load_config`, or the weights do not fit.
+        ValueError: As `tensor_files` and `load_config`, or the weights do not fit or are quantized in a way that is
+            not Sparseq's.
     """
     folder = Path(folder)
     files = tensor_files(folder)
@@ -203,8 +214,16 @@ def check_weights(folder: str | Path) -> dict[str, Path]:
     if layers > len(files):
         # A model of that many layers is not made to find that out.
         raise ValueError(f"{folder / 'config.json'} asks for {layers} layers, but there are {len(files)} weights.")
+    method = _quantization(folder)
+    if method not in (None, INT8_METHOD):
+        raise ValueError(
+            f"{folder} is quantized with {method!r}, whose files are not known here: name the folder with the "
+            "floating-point weights that it was made from."
+        )
     with torch.device("meta"):
         model = kind(config)
+        if method:
+            use_int8_modules(model)
     wanted, tied = model.state_dict(), model.all_tied_weights_keys
     # What is tied to another weight is not stored, or is the same.
     _refuse(folder, wanted.keys() - tied.keys() - files.keys(), files.keys() - wanted.keys())
@@ -218,6 +237,12 @@ def check_weights(folder: str | Path) -> dict[str, Path]:
                     f"{tuple(wanted[key].shape)}."
                 )
     return files
+
+
+def _quantization(folder: Path) -> str | None:
+    """How the weights of a model's folder are quantized, by config.json; None where they are floating point."""
+    settings = read_json(folder / "config.json").get("quantization_config")
+    return str(settings.get("quant_method")) if isinstance(settings, dict) else None
 
 
 def _check_model(folder: Path) -> None:

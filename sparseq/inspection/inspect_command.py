@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.checkpoint) if Path(args.checkpoint).is_dir() else Path()
     output = args.output or folder / "inspection"
     if Path(args.checkpoint).is_dir():
-        check_model_files(args.checkpoint)
+        check_model_files(args.checkpoint, may_be_int8=True)
     output.mkdir(parents=True, exist_ok=True)
     auto = AutoModel if "decoder" in stacks else AutoModelForTextEncoding
     model: Any = load_model(auto, args.checkpoint)

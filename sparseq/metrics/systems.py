@@ -127,7 +127,8 @@ def open_model(name: str, direction: Direction) -> System:
         _check_folder(path)
     elif _is_path(name):
         raise FileNotFoundError(_nothing_at(path))
-    _check_config(name)
+    if not (path / "adapter_config.json").is_file():
+        load_seq2seq_config(name)
     tokenizer = load_tokenizer(name)
     return System(name, tokenizer, direction.set_up(tokenizer, name))
 
@@ -146,6 +147,18 @@ def check_codes(direction: Direction, systems: Sequence[System]) -> None:
     ):
         if codes and not is_told:
             raise ValueError(f"{option} {' '.join(codes)} has no effect: there is no model that is told a language.")
+
+
+def load_seq2seq_config(name: str | Path) -> Any:
+    """The configuration of a sequence-to-sequence model in a folder or on the Hub.
+
+    Raises:
+        ValueError: As `load_config`, or it is a model of another kind.
+    """
+    config = load_config(name)
+    if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        raise ValueError(f"{name} is a model of type {config.model_type!r}, which is not sequence-to-sequence.")
+    return config
 
 
 def _is_path(name: str) -> bool:
@@ -171,16 +184,8 @@ def _check_folder(folder: Path) -> None:
         hint = f" Models are in its {', '.join(map(str, inside))}." if inside else ""
         raise ValueError(f"{folder} has no config.json, so it is no model's folder.{hint}")
     try:
-        check_model_files(folder)
+        check_model_files(folder, may_be_int8=True)
     except FileNotFoundError as error:
         raise ValueError(
             f"{folder} has a configuration but no weights (model.safetensors, or shards with an index)."
         ) from error
-
-
-def _check_config(name: str) -> None:
-    if (Path(name) / "adapter_config.json").is_file():
-        return
-    config = load_config(name)
-    if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-        raise ValueError(f"{name} is a model of type {config.model_type!r}, which is not sequence-to-sequence.")
