@@ -35,12 +35,15 @@ class Direction:
         source, target: The languages as the text names them, such as "en"; None where it names none.
         source_codes, target_codes: What tokenizers with other names call them, such as "eng_Latn"; each tokenizer is
             given the first that it knows.
+        option, code_option: With what a user names a language or a tokenizer's own code, for messages.
     """
 
     source: str | None = None
     target: str | None = None
     source_codes: Sequence[str] = ()
     target_codes: Sequence[str] = ()
+    option: str = "--{side}"
+    code_option: str = "--{side}-code CODE"
 
     def set_up(self, tokenizer: PreTrainedTokenizerBase, name: str) -> Cue:
         """Have a tokenizer mark texts with these languages, where it does that.
@@ -69,18 +72,19 @@ class Direction:
         """The code that a tokenizer has for one side."""
         codes, language = (self.source_codes, self.source) if side == "source" else (self.target_codes, self.target)
         asked = [*codes, *([language] if language else [])]
+        code_option = self.code_option.format(side=side)
         if not asked:
             raise ValueError(
                 f"{name} has codes for {len(known)} languages, and must be told the {side} language: give "
-                f"--{side}-code CODE, one of {_listed(known)}."
+                f"{code_option}, one of {_listed(known)}."
             )
         for one in asked:
             if found := matching_code(one, known):
                 return found
-        option = f"--{side}-code {' '.join(codes)}" if codes else f"--{side} {language}"
+        option = f"--{side}-code {' '.join(codes)}" if codes else f"{self.option.format(side=side)} {language}"
         raise ValueError(
-            f"{option}: the tokenizer of {name} {unknown_code(asked[0], known)} Give its own code with --{side}-code "
-            "CODE, whatever the text's files are called."
+            f"{option}: the tokenizer of {name} {unknown_code(asked[0], known)} Give its own code with {code_option}, "
+            "whatever the language is called elsewhere."
         )
 
 

@@ -40,6 +40,12 @@ def source_prefix(tokenizer: PreTrainedTokenizerBase, language: str) -> str:
     return f"{tag} " if tag in tokenizer.get_vocab() else ""
 
 
+def language_tags(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The language tags in a tokenizer's vocabulary, in the order of their ids; its class does not matter."""
+    added = sorted(tokenizer.added_tokens_decoder.items())
+    return [token.content for _, token in added if token.special and _LANGUAGE_TAG.fullmatch(token.content)]
+
+
 class SparseqTokenizer(PreTrainedTokenizerFast):
     """Fast tokenizer with one vocabulary for source and target.
 
@@ -60,8 +66,7 @@ class SparseqTokenizer(PreTrainedTokenizerFast):
     @property
     def language_tags(self) -> list[str]:
         """The language tags in the vocabulary, in the order of their ids."""
-        added = sorted(self.added_tokens_decoder.items())
-        return [token.content for _, token in added if token.special and _LANGUAGE_TAG.fullmatch(token.content)]
+        return language_tags(self)
 
     def add_language_tags(self, languages: Iterable[str]) -> int:
         """Add tags for languages the tokenizer was not trained with; return how many were new.

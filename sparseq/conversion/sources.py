@@ -107,7 +107,7 @@ def read_generation_config(folder: Path, config: PreTrainedConfig) -> tuple[Gene
         values = {name: value for name, value in {**config.to_dict(), **values}.items() if name in names}
     try:
         values = {name: value for name, value in values.items() if value is not None}
-        _check_numbers(values)
+        check_numbers(values)
         settings = GenerationConfig(**values)
         notes = _drop_idle(settings) + _drop_unknown_words(settings, config.vocab_size)
     except ValueError as error:
@@ -122,6 +122,23 @@ def read_generation_config(folder: Path, config: PreTrainedConfig) -> tuple[Gene
             f"{settings.max_length} now."
         )
     return settings, notes
+
+
+def check_numbers(values: Mapping[str, Any]) -> None:
+    """Check settings of generate() that are numbers, and the forbidden words.
+
+    Raises:
+        ValueError: One has a value that it cannot have.
+    """
+    for name in values.keys() & _LEAST.keys():
+        if type(values[name]) is not int or values[name] < _LEAST[name]:
+            raise ValueError(f"`{name}` must be a whole number from {_LEAST[name]} on, but is {values[name]!r}.")
+    for name in values.keys() & set(_NUMBERS):
+        if type(values[name]) not in (int, float):
+            raise ValueError(f"`{name}` must be a number, but is {values[name]!r}.")
+    words = values.get("bad_words_ids", [])
+    if not isinstance(words, list) or not all(isinstance(word, list) for word in words):
+        raise ValueError(f"`bad_words_ids` must be a list of lists of tokens, but is {words!r}.")
 
 
 def needed_files(names: Collection[str]) -> list[str]:
@@ -142,18 +159,6 @@ def needed_files(names: Collection[str]) -> list[str]:
     return sorted(
         name for name in names if "/" not in name and any(fnmatchcase(name, pattern) for pattern in patterns)
     )
-
-
-def _check_numbers(values: Mapping[str, Any]) -> None:
-    for name in values.keys() & _LEAST.keys():
-        if type(values[name]) is not int or values[name] < _LEAST[name]:
-            raise ValueError(f"`{name}` must be a whole number from {_LEAST[name]} on, but is {values[name]!r}.")
-    for name in values.keys() & set(_NUMBERS):
-        if type(values[name]) not in (int, float):
-            raise ValueError(f"`{name}` must be a number, but is {values[name]!r}.")
-    words = values.get("bad_words_ids", [])
-    if not isinstance(words, list) or not all(isinstance(word, list) for word in words):
-        raise ValueError(f"`bad_words_ids` must be a list of lists of tokens, but is {words!r}.")
 
 
 def _drop_unknown_words(settings: GenerationConfig, vocab_size: int) -> list[str]:

@@ -1,0 +1,179 @@
+"""Which backend a `Translator` decodes with, and the graphs that are kept beside a checkpoint."""
+
+import importlib.util
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig
+
+from sparseq.loading import GENERATION_CONFIG, load_model
+from sparseq.modeling_sparseq import SparseqForConditionalGeneration
+from sparseq.translation.backend import Backend
+from sparseq.translation.generate_backend import GenerateBackend, is_accelerator
+
+Precision = Literal["float32", "int8"]
+Runtime = Literal["auto", "onnx", "torch"]
+
+GRAPH_FOLDER = ".sparseq"
+"""Folder beside a checkpoint in which graphs are kept. It may be removed at any time."""
+
+INSTALL = 'pip install "sparseq[onnx]"'
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a model is to be run.
+
+    Attributes:
+        precision: Of the weights.
+        runtime: "onnx", "torch", or "auto" for what is there.
+        device: Where; None for an accelerator if there is one, else the CPU.
+        threads: Threads of one operator; None leaves it to the runtime.
+        cache_dir: Where graphs are kept; None for beside the checkpoint.
+    """
+
+    precision: Precision = "float32"
+    runtime: Runtime = "auto"
+    device: str | torch.device | None = None
+    threads: int | None = None
+    cache_dir: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ValueError: A value is none that there is.
+        """
+        for name, kinds in (("precision", Precision), ("runtime", Runtime)):
+            if getattr(self, name) not in get_args(kinds):
+                known = ", ".join(f'"{kind}"' for kind in get_args(kinds))
+                raise ValueError(f"`{name}` must be one of {known}, but is {getattr(self, name)!r}.")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"`threads` must be at least 1, but is {self.threads}.")
+        if self.runtime == "onnx" and is_accelerator(self.target_device):
+            raise ValueError(
+                f'`runtime="onnx"` runs on the CPU, but `device` is {self.target_device}: give `device="cpu"`, or '
+                '`runtime="torch"`.'
+            )
+
+    @property
+    def target_device(self) -> torch.device:
+        """Where the model is to run."""
+        if self.device is not None:
+            return torch.device(self.device)
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found if found is not None and self.runtime != "onnx" else torch.device("cpu")
+
+
+def open_backend(folder: Path, config: PreTrainedConfig, choice: Choice) -> tuple[Backend, GenerationConfig]:
+    """The backend for the model in `folder`, and the generation settings of the model.
+
+    With `runtime="auto"` it is ONNX Runtime on the CPU; where that cannot be, it is `generate()`, and a warning in the
+    log says why.
+
+    Raises:
+        ModuleNotFoundError: `runtime="onnx"`, and onnx or onnxruntime is not installed.
+        ValueError: The model cannot be run as asked; or as `load_model`.
+    """
+    if choice.runtime == "torch" or is_accelerator(choice.target_device):
+        return _open_torch(folder, config, choice)
+    try:
+        return _open_onnx(folder, config, choice)
+    except (ModuleNotFoundError, ValueError) as error:
+        if choice.runtime == "onnx":
+            raise
+        _logger.warning(f"{folder} is run by PyTorch's generate(), which is slower than ONNX Runtime: {error}")
+    return _open_torch(folder, config, choice)
+
+
+def _open_torch(folder: Path, config: PreTrainedConfig, choice: Choice) -> tuple[Backend, GenerationConfig]:
+    options: dict[str, Any] = {}
+    if choice.precision == "int8":
+        if config.model_type != "sparseq":
+            raise ValueError(
+                f'{folder} is a model of type {config.model_type!r}, which has no `precision="int8"` here: make a '
+                "Sparseq model of it with `sparseq convert`."
+            )
+        from sparseq.quantization_sparseq import SparseqInt8Config
+
+        options["quantization_config"] = SparseqInt8Config()
+    if choice.threads is not None:
+        torch.set_num_threads(choice.threads)
+    model: Any = load_model(AutoModelForSeq2SeqLM, folder, dtype=torch.float32, **options)
+    model.to(choice.target_device)
+    return GenerateBackend(model), model.generation_config
+
+
+def _open_onnx(folder: Path, config: PreTrainedConfig, choice: Choice) -> tuple[Backend, GenerationConfig]:
+    for package in ("onnx", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"the package {package} is not installed: {INSTALL}.", name=package)
+    if config.model_type != "sparseq":
+        raise ValueError(
+            f"graphs are made of Sparseq models, and it is a model of type {config.model_type!r}: make a Sparseq "
+            "model of it with `sparseq convert`."
+        )
+    from sparseq.translation.onnx_engine import OnnxEngine
+    from sparseq.translation.runtime_backend import RuntimeBackend
+
+    graphs = prepare_graphs(folder, choice.precision, choice.cache_dir)
+    return RuntimeBackend(OnnxEngine(graphs, threads=choice.threads)), _read_generation_config(folder, config)
+
+
+def prepare_graphs(folder: Path, precision: Precision, cache_dir: str | Path | None = None) -> Path:
+    """The folder with the graphs of a checkpoint, which are made if they are not there.
+
+    They are kept beside the checkpoint, or in the user's cache where that cannot be written, or in `cache_dir`.
+
+    Raises:
+        ValueError: The model has something that no graph can express; or as `load_model`.
+        OSError: They cannot be written.
+    """
+    from sparseq.graphs.files import export_graphs, graph_folder_name
+
+    name = graph_folder_name(folder, precision)
+    places = [Path(cache_dir)] if cache_dir is not None else [folder / GRAPH_FOLDER, _user_cache()]
+    found = next((place / name for place in places if (place / name).is_dir()), None)
+    if found is not None:
+        return found
+    graphs = _writable(places) / name
+    print(f"sparseq: making graphs for ONNX Runtime, once: {graphs}", file=sys.stderr)
+    model = load_model(AutoModelForSeq2SeqLM, folder, dtype=torch.float32)
+    try:
+        export_graphs(model, graphs, precision=precision)  # type: ignore[arg-type]  # its type is in config.json
+    except OSError:
+        # Another process was faster; a folder that is there is whole.
+        if not graphs.is_dir():
+            raise
+    return graphs
+
+
+def _writable(places: list[Path]) -> Path:
+    """The first of the folders that is there or can be made."""
+    for place in places[:-1]:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(place, os.W_OK):
+            return place
+    return places[-1]
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparseq"
+
+
+def _read_generation_config(folder: Path, config: Any) -> GenerationConfig:
+    """As `from_pretrained` would give it to the model, without the model."""
+    if (folder / GENERATION_CONFIG).is_file():
+        return GenerationConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        settings: GenerationConfig = SparseqForConditionalGeneration(config).generation_config
+    return settings

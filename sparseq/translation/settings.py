@@ -1,0 +1,110 @@
+"""Generation settings of a `Translator`: the model's own with the caller's changes, checked before work begins."""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers import GenerationConfig
+
+from sparseq.conversion.sources import check_numbers
+from sparseq.data.lines import near_name
+
+# Of a generation configuration: what it returns, where it comes from, and what concerns other kinds of models.
+_NO_SETTINGS = {
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    *("_from_model_config", "transformers_version", "is_assistant", "use_mtp", "continuous_batching_config"),
+    *("token_healing", "stop_strings", "use_cache"),
+}
+_OTHER_NAMES = ("source_language", "target_language", "target_prefix", "batch_tokens", "too_long", "return_attention")
+
+SETTINGS = {*(name for name in vars(GenerationConfig()) if name not in _NO_SETTINGS), "seed"}
+"""Names of settings that a caller may change: those of generate(), and `seed` for sampling."""
+
+
+def check_setting_names(names: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: A name is no setting; the message has the nearest one.
+    """
+    for name in names:
+        if name not in SETTINGS:
+            near = near_name(name, sorted({*SETTINGS, *_OTHER_NAMES}))
+            raise ValueError(f"`{name}` is no setting of translation.{near} Settings bear the names of generate().")
+
+
+def merge_settings(own: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:
+    """The settings of a model with a caller's changes.
+
+    A maximum or minimum that is given takes the place of the model's, whether it counts new tokens or all of them.
+
+    Args:
+        own: The model's; it is left alone.
+        changes: Settings by name.
+
+    Raises:
+        ValueError: A name or a value is none that a setting can have, or settings contradict each other.
+    """
+    check_setting_names(changes)
+    check_numbers(changes)
+    settings: Any = copy.deepcopy(own)
+    changes = dict(changes)
+    settings.seed = changes.pop("seed", None)
+    if settings.seed is not None and type(settings.seed) is not int:
+        raise ValueError(f"`seed` must be a whole number, but is {settings.seed!r}.")
+    for one, other in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if changes.get(one) is not None and changes.get(other) is not None:
+            raise ValueError(f"`{one}` and `{other}` say the same in two ways: give one of them.")
+        for given, replaced in ((one, other), (other, one)):
+            if changes.get(given) is not None:
+                setattr(settings, replaced, None)
+    settings.update(**changes)
+    merged: GenerationConfig = settings
+    return merged
+
+
+def seeded_apart(settings: GenerationConfig, number: int) -> GenerationConfig:
+    """The settings of one of several batches, which must not all draw the same; without a seed they draw anyway."""
+    if getattr(settings, "seed", None) is None:
+        return settings
+    changed: Any = copy.copy(settings)
+    changed.seed += number
+    result: GenerationConfig = changed
+    return result
+
+
+def forced_prefix(settings: GenerationConfig, prefix: Sequence[int]) -> list[int]:
+    """Tokens that a hypothesis begins with so that it has `prefix` where its text begins.
+
+    A token that generate() forces to be first, such as a language code, it forces behind the start token alone.
+    """
+    first = settings.forced_bos_token_id
+    return [*([] if first is None else [first]), *prefix] if prefix else []
+
+
+def check_lengths(settings: GenerationConfig, prefix: Sequence[int], positions: int | None) -> None:
+    """Check that there is room for a prefix and for what is to be generated.
+
+    Args:
+        settings: With the maximum.
+        prefix: Tokens that hypotheses begin with.
+        positions: Target positions that the model has; None where there is no limit.
+
+    Raises:
+        ValueError: There is none.
+    """
+    # The start token counts.
+    given = 1 + len(prefix)
+    limit = settings.max_length if settings.max_new_tokens is None else None
+    if limit is not None and given >= limit:
+        raise ValueError(
+            f"`target_prefix` has {len(prefix)} tokens, but a translation has {limit} at most, start token included: "
+            "give a shorter prefix, or `max_new_tokens`."
+        )
+    # The last token is written and not read.
+    needed = (given + settings.max_new_tokens if settings.max_new_tokens is not None else limit or 0) - 1
+    if positions is not None and needed > positions:
+        name = "max_length" if settings.max_new_tokens is None else "max_new_tokens"
+        raise ValueError(
+            f"`{name}` is {getattr(settings, name)}, but the model has {positions} target positions, of which start "
+            f"token and prefix take {given}: give `max_new_tokens` of {max(positions + 1 - given, 1)} or less."
+        )

@@ -1,0 +1,362 @@
+"""`Translator`: equal to generate(), in order, with languages, prefixes, streams, long texts and flat memory."""
+
+import itertools
+import re
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+
+import sparseq
+from sparseq.translation.translator import Translator
+from tests.conversion.checkpoints import write_checkpoint
+from tests.conversion.tokenizer_folders import SENTENCES
+from tests.tiny import tiny_config
+from tests.translation.models import SOURCES, EchoBackend, tiny_tokenizer, write_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:The texts hold only enough")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def translator(folder: Path) -> Translator:
+    return sparseq.Translator.from_pretrained(folder, runtime="torch", device="cpu")
+
+
+def echo(languages: tuple[str, ...] = (), **config: Any) -> tuple[Translator, EchoBackend]:
+    backend = EchoBackend()
+    settings = GenerationConfig(max_length=50, decoder_start_token_id=1, eos_token_id=2)
+    return Translator(backend, tiny_tokenizer(languages), tiny_config(**config), settings, name="echo"), backend
+
+
+def generated(folder: Path, text: str, **options: Any) -> list[str]:
+    """What generate() makes of one text."""
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    output = model.generate(**tokenizer([f"<2de> {text}"], return_tensors="pt"), **options)
+    return [one.strip() for one in tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 4096])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 2}, {"max_new_tokens": 5}])
+def test_translations_are_those_of_generate(
+    translator: Translator, folder: Path, batch_tokens: int, options: dict[str, Any]
+) -> None:
+    found = translator.translate(iter(SOURCES), batch_tokens=batch_tokens, **options)
+    assert len(found) == len(SOURCES)
+    for source, translation in zip(SOURCES, found, strict=True):
+        assert translation.text == translation.hypotheses[0].text
+        assert translation.score == translation.hypotheses[0].score
+        expected = generated(folder, source, **options) if source.strip() else [""] * len(translation.hypotheses)
+        assert [one.text for one in translation.hypotheses] == expected
+        assert len(expected) == options.get("num_return_sequences", 1)
+    assert len({translation.text for translation in found}) > 3, "a test of equal texts would show nothing"
+    assert found[2].score == 0
+    assert found[2].source_tokens == []
+
+
+def test_one_text_gives_one_translation(translator: Translator) -> None:
+    one = translator.translate(SOURCES[0], return_attention=True)
+    assert one.text == translator.translate([SOURCES[0]])[0].text
+    assert one.source_tokens[0] == "<2de>"
+    assert one.source_tokens[-1] == "</s>"
+    attention = one.hypotheses[0].attention
+    assert attention is not None
+    assert attention.shape == (len(one.hypotheses[0].tokens), len(one.source_tokens))
+    np.testing.assert_allclose(attention.sum(axis=1), 1, rtol=1e-5)
+
+
+def test_batches_count_padding_and_beams_and_hold_like_lengths() -> None:
+    translator, backend = echo()
+    texts = [" ".join(["ball"] * (1 + number % 7)) for number in range(40)]
+    assert [one.text for one in translator.translate(texts, batch_tokens=150, num_beams=3)] == texts
+    sizes = [batch.input_ids.size * 3 for batch in backend.batches]
+    assert max(sizes) <= 150
+    assert len(sizes) > 3
+    assert all(settings.num_beams == 3 for settings in backend.settings)
+    widths = [batch.input_ids.shape[1] for batch in backend.batches]
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_lines_are_read_in_windows_and_come_in_order() -> None:
+    translator, _ = echo()
+    read = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal read
+        for read in itertools.count(1):
+            yield "" if read % 5 == 0 else " ".join(["ball"] * (read % 4)) + f" {read}"
+
+    translations = translator.translate_lines(endless())
+    for number in range(1, 5001):
+        text = next(translations).text
+        assert text == ("" if number % 5 == 0 else (" ".join(["ball"] * (number % 4)) + f" {number}").strip())
+        assert read < number + 4096
+    translations.close()  # type: ignore[attr-defined]  # it is a generator
+
+
+def test_memory_does_not_grow_with_the_lines() -> None:
+    translator, backend = echo()
+    backend.keep = False
+    lines = (f"A dog {number}." for number in range(40_000))
+    translations = translator.translate_lines(lines)
+    next(translations)
+    tracemalloc.start()
+    try:
+        peaks = []
+        for part in range(4):
+            tracemalloc.reset_peak()
+            for number, translation in enumerate(itertools.islice(translations, 9_000), start=1 + 9_000 * part):
+                assert translation.text == f"A dog {number}."
+            peaks.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+    assert max(peaks[1:]) < 1.3 * peaks[0]
+
+
+def test_progress_counts_every_text_once_when_it_is_done() -> None:
+    translator, _ = echo(max_position_embeddings=12)
+    told: list[tuple[int, int]] = []
+    texts = ["", "A dog.", "A red ball. Two red balls. A dog plays in the garden.", " ", "The river"] * 3
+    list(translator.translate_lines(texts, batch_tokens=1, on_batch=lambda done, tokens: told.append((done, tokens))))
+    assert sum(done for done, _ in told) == len(texts)
+    assert told[0] == (6, 0)
+    assert any(done == 0 for done, _ in told), "a piece of a longer text ends no text"
+
+
+def test_texts_that_are_none_are_refused(translator: Translator) -> None:
+    with pytest.raises(ValueError, match="Text 2 must be a string, but is of type int"):
+        translator.translate(["a", 3])  # type: ignore[list-item]
+
+
+LONG = "A red ball. Two red balls lie in the garden. A dog plays there, and a man reads."
+
+
+def test_long_texts_are_split_at_sentences_and_joined() -> None:
+    translator, backend = echo(max_position_embeddings=24)
+    one = translator.translate(LONG, num_return_sequences=2, num_beams=2, length_penalty=0.5, return_attention=True)
+    assert one.text == LONG
+    pieces = [int(mask.sum()) for batch in backend.batches for mask in batch.attention_mask]
+    assert len(pieces) > 1
+    assert max(pieces) <= 24
+    # One score for each token and each piece's end, as if it were one sentence.
+    assert one.score == pytest.approx(-(sum(pieces) ** 0.5))
+    first = one.hypotheses[0]
+    assert len(one.hypotheses) == 2
+    assert len(one.source_tokens) == sum(pieces)
+    assert first.attention is not None
+    assert first.attention.shape == (len(first.tokens), len(one.source_tokens))
+    np.testing.assert_allclose(first.attention.sum(axis=1), 1)
+    assert first.attention[0, -1] == 0, "the first piece has not looked at the last"
+
+
+def test_long_texts_are_truncated_or_refused_as_asked() -> None:
+    translator, backend = echo(max_position_embeddings=24)
+    cut = translator.translate(["A dog.", LONG], too_long="truncate")
+    assert LONG.startswith(cut[1].text)
+    assert max(batch.input_ids.shape[1] for batch in backend.batches) == 24
+    backend.batches.clear()
+    with pytest.raises(ValueError, match=r"Text 2 has \d+ tokens, but echo reads 24 at most: .* `too_long=\"split\"`"):
+        translator.translate(["A dog.", LONG], too_long="error")
+    assert not backend.batches, "nothing is decoded before a text is refused"
+    lines = translator.translate_lines(["A dog."] * 3000 + [LONG], too_long="error")
+    with pytest.raises(ValueError, match=r"Line 3001 has \d+ tokens"):
+        list(lines)
+    with pytest.raises(ValueError, match=r"`too_long` must be one of .*, but is 'cut'"):
+        translator.translate("a", too_long="cut")  # type: ignore[call-overload]
+
+
+def test_learned_positions_are_split_before_the_model_refuses_them(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "learned", position_embedding_type="learned", max_position_embeddings=20)
+    translator = Translator.from_pretrained(folder, runtime="torch", device="cpu")
+    assert translator.translate(LONG).source_tokens.count("</s>") > 1
+    with pytest.raises(ValueError, match=r"`max_new_tokens` is 21, but the model has 20 target positions.*20 or less"):
+        translator.translate("A dog.", max_new_tokens=21)
+    (one,) = translator.translate("A dog.", max_new_tokens=20, min_new_tokens=20).hypotheses
+    assert len(one.tokens) == 20
+
+
+def test_a_prefix_begins_every_translation(translator: Translator, folder: Path) -> None:
+    found = translator.translate(SOURCES, target_prefix="Ein Mann", num_beams=2, num_return_sequences=2)
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prefix = tokenizer("Ein Mann", add_special_tokens=False)["input_ids"]
+    for source, translation in zip(SOURCES, found, strict=True):
+        if not source.strip():
+            assert translation.text == ""
+            continue
+        output = model.generate(
+            **tokenizer([f"<2de> {source}"], return_tensors="pt"),
+            decoder_input_ids=torch.tensor([[1, *prefix]]),
+            num_beams=2,
+            num_return_sequences=2,
+        )
+        expected = [one.strip() for one in tokenizer.batch_decode(output, skip_special_tokens=True)]
+        assert [one.text for one in translation.hypotheses] == expected
+        assert all(one.startswith("Ein Mann") for one in expected)
+    with pytest.raises(ValueError, match=r"`target_prefix` has \d+ tokens, but a translation has 14 at most"):
+        translator.translate("A dog.", target_prefix=SENTENCES[4])
+
+
+def test_a_prefix_of_a_long_text_begins_its_first_piece_only() -> None:
+    translator, _ = echo(max_position_embeddings=24)
+    assert translator.translate(LONG, target_prefix="Ein").text == f"Ein {LONG}"
+
+
+def test_seeds(translator: Translator) -> None:
+    options: dict[str, Any] = {"do_sample": True, "batch_tokens": 40}
+    state = torch.get_rng_state()
+    first = [one.text for one in translator.translate(SOURCES, seed=1, **options)]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [one.text for one in translator.translate(SOURCES, seed=1, **options)] == first
+    assert [one.text for one in translator.translate(SOURCES, seed=2, **options)] != first
+    same = translator.translate(["A dog."] * 8, seed=1, do_sample=True, batch_tokens=1)
+    assert len({one.text for one in same}) > 1, "batches must not all draw the same"
+
+
+@pytest.mark.parametrize("text", [SOURCES[0], "Größe ändern, Äpfel essen!"])
+def test_a_stream_gives_the_translation_bit_by_bit(translator: Translator, text: str) -> None:
+    bits = list(translator.stream(text))
+    assert len(bits) > 2
+    assert "".join(bits) == translator.translate(text, num_beams=1).text
+    assert list(translator.stream("")) == []
+
+
+def test_a_stream_shows_no_broken_characters_and_joins_pieces() -> None:
+    translator, _ = echo(max_position_embeddings=24)
+    text = "雨 fällt. Zwei Kinder — spielen im Garten. Das alte Haus ist heute leer."
+    bits = list(translator.stream(text, target_prefix="日本"))
+    assert not any("\N{REPLACEMENT CHARACTER}" in bit for bit in bits)
+    assert "".join(bits) == translator.translate(text, target_prefix="日本").text == f"日本 {text}"
+
+
+def test_a_stream_that_is_closed_stops_decoding() -> None:
+    translator, backend = echo()
+    stream = translator.stream(SENTENCES[0])
+    assert next(stream)
+    stream.close()  # type: ignore[attr-defined]  # it is a generator
+    assert len(backend.batches) == 1
+    with pytest.raises(ValueError, match="`num_beams` is 4, but only the text of one hypothesis can be streamed"):
+        translator.stream("a", num_beams=4)
+
+
+def test_errors_of_decoding_reach_the_reader_of_a_stream() -> None:
+    translator, backend = echo()
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    backend.decode = fail  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(translator.stream("A dog."))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beams": 4}, "`beams` is no setting of translation. Did you mean num_beams?"),
+        ({"target_lang": "de"}, "`target_lang` is no setting of translation. Did you mean target_language?"),
+        ({"output_scores": True}, "`output_scores` is no setting"),
+        ({"num_beams": 0}, "`num_beams` must be a whole number from 1 on, but is 0."),
+        ({"num_beams": 2, "num_return_sequences": 3}, "`num_return_sequences` (3) has to be smaller or equal"),
+        ({"max_length": 5, "max_new_tokens": 5}, "`max_length` and `max_new_tokens` say the same in two ways"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` must be a whole number from 1 on"),
+        ({"seed": "x"}, "`seed` must be a whole number, but is 'x'."),
+        ({"batch_tokens": 0}, "`batch_tokens` must be at least 1, but is 0."),
+    ],
+)
+def test_settings_are_checked_before_anything_is_decoded(settings: dict[str, Any], message: str) -> None:
+    translator, backend = echo()
+    for call in (translator.translate, translator.translate_lines):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call(["A dog."], **settings)
+    assert not backend.batches
+
+
+def test_the_models_own_settings_hold_unless_changed() -> None:
+    translator, backend = echo()
+    translator.generation_config.update(num_beams=4, length_penalty=0.7)
+    translator.translate("A dog.", max_new_tokens=7)
+    assert backend.settings[-1].num_beams == 4
+    assert (backend.settings[-1].max_length, backend.settings[-1].max_new_tokens) == (None, 7)
+    translator.translate("A dog.")
+    assert (backend.settings[-1].max_length, backend.settings[-1].length_penalty) == (50, 0.7)
+
+
+def sources_of(backend: EchoBackend) -> list[int]:
+    return backend.batches[-1].input_ids[0].tolist()
+
+
+def test_tags_are_put_before_sources() -> None:
+    one, backend = echo(("de",))
+    assert one.translate("A dog.").source_tokens[0] == "<2de>"
+    assert sources_of(backend)[0] == one.tokenizer.convert_tokens_to_ids("<2de>")
+    with pytest.raises(ValueError, match="target_language fr: echo has tags for de only"):
+        one.translate("A dog.", target_language="fr")
+    many, _ = echo(("de", "fr"))
+    assert many.translate("A dog.", source_language="en", target_language="fr").source_tokens[0] == "<2fr>"
+    assert many.translate("A dog.", target_language="<2de>").source_tokens[0] == "<2de>"
+    with pytest.raises(ValueError, match="must be told the target language: give `target_language`, one of de, fr"):
+        many.translate("A dog.")
+
+
+@pytest.mark.parametrize(
+    ("family", "source", "target"),
+    [("nllb", "eng_Latn", "deu_Latn"), ("mbart", "en", "de"), ("mbart50", "en_XX", "de_DE"), ("m2m100", "en", "de")],
+)
+def test_language_codes_reach_tokenizer_and_decoder(tmp_path: Path, family: str, source: str, target: str) -> None:
+    folder = write_checkpoint(family, tmp_path / family)
+    model: Any = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    model.generation_config.update(max_length=12, forced_bos_token_id=None)
+    model.save_pretrained(folder)
+    translator = Translator.from_pretrained(folder, runtime="torch", device="cpu")
+    found = translator.translate(SENTENCES[:3], source_language=source, target_language=target)
+    codes = {"mbart": ("en_XX", "de_DE")}.get(family, (source, target))
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, src_lang=codes[0], tgt_lang=codes[1])
+    code = tokenizer.convert_tokens_to_ids(codes[1]) if family != "m2m100" else tokenizer.get_lang_id(codes[1])
+    field = "decoder_start_token_id" if family == "mbart" else "forced_bos_token_id"
+    output = model.generate(**tokenizer(SENTENCES[:3], padding=True, return_tensors="pt"), **{field: code})
+    expected = tokenizer.batch_decode(output, skip_special_tokens=True)
+    assert [one.text for one in found] == [one.strip() for one in expected]
+    begun = translator.translate(
+        SENTENCES[0], source_language=source, target_language=target, target_prefix=SENTENCES[4][:8]
+    )
+    assert SENTENCES[4][:8].strip() in begun.text
+    assert begun.hypotheses[0].tokens.count(codes[1]) <= 1
+    with pytest.raises(ValueError, match=r"target_language xx: the tokenizer of .* codes, but not this one"):
+        translator.translate("A dog.", source_language=source, target_language="xx")
+    with pytest.raises(ValueError, match="must be told the source language: give `source_language`, one of"):
+        translator.translate("A dog.", target_language=target)
+
+
+def test_a_model_in_memory(folder: Path, translator: Translator) -> None:
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+    other = Translator.from_model(model, AutoTokenizer.from_pretrained(folder))
+    assert other.translate(SOURCES[0]).text == translator.translate(SOURCES[0]).text
+    assert str(folder) in repr(other)
+
+
+def test_what_cannot_be_run_is_refused(tmp_path: Path, folder: Path) -> None:
+    for options, message in (
+        ({"precision": "int4"}, '`precision` must be one of "float32", "int8", but is \'int4\''),
+        ({"runtime": "tensorrt"}, '`runtime` must be one of "auto", "onnx", "torch"'),
+        ({"threads": 0}, "`threads` must be at least 1, but is 0"),
+        ({"runtime": "onnx", "device": "cuda"}, '`runtime="onnx"` runs on the CPU, but `device` is cuda'),
+        ({"revision": "main"}, "is for repositories of the Hub"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Translator.from_pretrained(folder, **options)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match="so it holds no model"):
+        Translator.from_pretrained(tmp_path)
+    sparseq.SparseqEncoderModel(tiny_config()).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(ValueError, match="has no tokenizer that can be loaded"):
+        Translator.from_pretrained(tmp_path / "encoder", runtime="torch")
