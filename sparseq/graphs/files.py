@@ -31,9 +31,9 @@ def export_graphs(
 ) -> None:
     """Write a model as ONNX graphs for ONNX Runtime.
 
-    The folder gets `encoder.onnx`, `prefill.onnx`, `step.onnx` and `step_attention.onnx` (the step that also gives
-    cross-attention), whose inputs and outputs `ModelGraphs` describes; their weights, each stored once, in
-    `weights.bin`; and `graphs.json`, which names precision, configuration, inputs and outputs.
+    The folder gets `encoder.onnx`, `prefill.onnx`, `step.onnx`, `step_attention.onnx` (the step that also gives
+    cross-attention) and `likeliest.onnx`, whose inputs and outputs `ModelGraphs` describes; their weights, each stored
+    once, in `weights.bin`; and `graphs.json`, which names precision, configuration, inputs and outputs.
 
     Args:
         model: The model, of any type; its weights are taken in float32.
@@ -54,6 +54,7 @@ def export_graphs(
             "prefill": graphs.prefill(),
             "step": graphs.step(),
             "step_attention": graphs.step(gives_attention=True),
+            "likeliest": graphs.likeliest(),
         }
         weights.close()
         for name, graph in written.items():

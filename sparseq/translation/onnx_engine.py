@@ -155,8 +155,9 @@ class OnnxEngine:
         weights = None if binding.attention is None else binding.attention[by_row]
         if not candidates:
             return StepOutput(logits=binding.logits[by_row], attention=weights)
-        ids, scores = (values[by_row] for values in likeliest(binding.logits, candidates))
-        return StepOutput(candidate_ids=ids, candidate_log_probs=scores, attention=weights)
+        feed = {"logits": binding.logits, "number": np.array([candidates])}
+        ids, scores = self._session("likeliest").run(["ids", "log_probs"], feed)
+        return StepOutput(candidate_ids=ids[by_row], candidate_log_probs=scores[by_row], attention=weights)
 
     def select(self, state: _State, sources: np.ndarray) -> None:
         """As `Engine.select`."""
@@ -202,28 +203,6 @@ class OnnxEngine:
             path = str(self._folder / f"{name}.onnx")
             self._sessions[name] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return self._sessions[name]
-
-
-def likeliest(logits: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """The likeliest tokens of each row and their log-probabilities, likeliest first.
-
-    Args:
-        logits: `(R, V)`.
-        number: How many of each row.
-
-    Returns:
-        `(R, number)` int64 and float32.
-    """
-    if number == 1:
-        ids = logits.argmax(axis=1, keepdims=True)
-    else:
-        ids = np.argpartition(logits, -number, axis=1)[:, -number:]
-    values = np.take_along_axis(logits, ids, axis=1)
-    order = np.argsort(-values, axis=1, kind="stable")
-    ids, values = np.take_along_axis(ids, order, axis=1), np.take_along_axis(values, order, axis=1)
-    highest = values[:, :1]
-    total = np.exp(logits - highest).sum(axis=1, keepdims=True)
-    return ids, values - highest - np.log(total)
 
 
 def _check_length(length: int, limit: int | None, what: str) -> None:

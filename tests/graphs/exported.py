@@ -14,19 +14,19 @@ class ExportedModel:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         self.record = json.loads((folder / "graphs.json").read_text())
-        self.sessions = {
-            name: ort.InferenceSession(str(folder / graph["file"]), options, providers=["CPUExecutionProvider"])
-            for name, graph in self.record["graphs"].items()
-        }
+        self.options = options
+        self.folder = folder
 
     def run(self, graph: str, **values: np.ndarray) -> dict[str, np.ndarray]:
         """All outputs of a graph by name; of `values`, those that it takes."""
         described = self.record["graphs"][graph]
+        path = str(self.folder / described["file"])
+        session = ort.InferenceSession(path, self.options, providers=["CPUExecutionProvider"])
         feed = {name: values[name] for name in described["inputs"]}
         for name, (dtype, shape) in described["inputs"].items():
             assert feed[name].dtype == dtype
             assert feed[name].ndim == len(shape)
-        return dict(zip(described["outputs"], self.sessions[graph].run(list(described["outputs"]), feed), strict=True))
+        return dict(zip(described["outputs"], session.run(list(described["outputs"]), feed), strict=True))
 
     def decode(
         self, source: np.ndarray, mask: np.ndarray, target: np.ndarray, prefix: int

@@ -116,6 +116,17 @@ def test_heads_of_an_odd_width(tmp_path: Path) -> None:
     assert_equal_to_model(model, tmp_path / "graphs")
 
 
+@pytest.mark.parametrize("vocab_size", [60, 64, 500])
+@pytest.mark.parametrize("number", [1, 2, 9, 60])
+def test_the_likeliest_tokens_are_those_of_a_full_sort(vocab_size: int, number: int, tmp_path: Path) -> None:
+    export_graphs(tiny_model(num_experts=0, vocab_size=vocab_size), tmp_path / "graphs")
+    logits = np.random.default_rng(0).normal(scale=20, size=(5, vocab_size)).astype(np.float32)
+    found = ExportedModel(tmp_path / "graphs").run("likeliest", logits=logits, number=np.array([number]))
+    expected = torch.from_numpy(logits).double().log_softmax(dim=-1).sort(descending=True)
+    np.testing.assert_array_equal(found["ids"], expected.indices[:, :number])
+    np.testing.assert_allclose(found["log_probs"], expected.values[:, :number], rtol=1e-5, atol=1e-5)
+
+
 def test_a_model_in_bfloat16_is_exported_from_its_weights_in_float32(tmp_path: Path) -> None:
     assert_equal_to_model(tiny_model(num_experts=0).to(torch.bfloat16), tmp_path / "graphs")
 

@@ -10,7 +10,7 @@ import torch
 
 from sparseq import SparseqForConditionalGeneration
 from sparseq.graphs.files import export_graphs
-from sparseq.translation.onnx_engine import OnnxEngine, likeliest
+from sparseq.translation.onnx_engine import OnnxEngine
 from tests.tiny import VOCAB, source_batch, tiny_model
 
 DENSE = {"num_experts": 0, "position_embedding_type": "sinusoidal", "decoder_num_key_value_heads": 2}
@@ -95,16 +95,6 @@ def test_candidates_are_the_likeliest_tokens_of_each_row(engine: OnnxEngine) -> 
         np.testing.assert_array_equal(output.candidate_ids, expected.indices)
         np.testing.assert_allclose(output.candidate_log_probs, expected.values, atol=1e-5)
         assert output.logits is None
-
-
-@pytest.mark.parametrize("number", [1, 2, 7, VOCAB])
-def test_likeliest_agrees_with_a_full_sort(number: int) -> None:
-    logits = np.random.default_rng(0).normal(scale=20, size=(5, VOCAB)).astype(np.float32)
-    ids, scores = likeliest(logits, number)
-    expected = torch.from_numpy(logits).double().log_softmax(dim=-1).sort(descending=True)
-    np.testing.assert_array_equal(ids, expected.indices[:, :number])
-    np.testing.assert_allclose(scores, expected.values[:, :number], rtol=1e-5, atol=1e-5)
-    assert (ids.dtype, scores.dtype) == (np.int64, np.float32)
 
 
 def test_nothing_of_a_batch_stays_when_it_is_done(engine: OnnxEngine) -> None:
