@@ -78,7 +78,9 @@ class GenerateBackend:
                     else weights[row, : len(tokens), : int(batch.attention_mask[rows[row // best]].sum())],
                 )
             )
-        return [hypotheses[start : start + best] for start in range(0, len(hypotheses), best)]
+        groups_of_best = (hypotheses[start : start + best] for start in range(0, len(hypotheses), best))
+        # Samples come in any order.
+        return [sorted(group, key=lambda one: -one.score) for group in groups_of_best]
 
     def _inputs(self, batch: Batch, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         chosen = list(rows)

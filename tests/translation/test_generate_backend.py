@@ -72,17 +72,19 @@ def test_tokens_and_scores_are_those_of_generate(model: Any, mode: str) -> None:
     steps = model.compute_transition_scores(
         expected.sequences, expected.scores, beams, normalize_logits=beams is None
     ).numpy()
-    flat = [one for hypotheses in found for one in hypotheses]
-    assert len(flat) == 3 * best
-    assert {len(one.token_log_probs) - len(one.token_ids) for one in flat} <= {0, 1}
-    for row, one in enumerate(flat):
-        tokens = finished(expected.sequences[row, 1:].tolist())
-        assert one.token_ids == tokens
-        np.testing.assert_allclose(one.token_log_probs, steps[row, : len(one.token_log_probs)], rtol=1e-5, atol=1e-6)
-        if beams is not None:
-            assert one.score == pytest.approx(expected.sequences_scores[row].item(), rel=1e-5)
-        else:
-            assert one.score == pytest.approx(np.mean(one.token_log_probs), rel=1e-5)
+    rows = [(finished(row[1:].tolist()), log_probs) for row, log_probs in zip(expected.sequences, steps, strict=True)]
+    for source, hypotheses in enumerate(found):
+        assert len(hypotheses) == best
+        assert [one.score for one in hypotheses] == sorted((one.score for one in hypotheses), reverse=True)
+        # Samples are sorted here, and not by generate().
+        for one in hypotheses:
+            (row,) = [row for row in range(source * best, (source + 1) * best) if rows[row][0] == one.token_ids]
+            chosen_steps = rows[row][1][: len(one.token_log_probs)]
+            assert len(one.token_log_probs) - len(one.token_ids) in (0, 1)
+            np.testing.assert_allclose(one.token_log_probs, chosen_steps, rtol=1e-5, atol=1e-6)
+            assert beams is None or row == source * best + hypotheses.index(one)
+            reference = np.mean(chosen_steps) if beams is None else expected.sequences_scores[row].item()
+            assert one.score == pytest.approx(reference, rel=1e-5)
 
 
 def test_ends_are_among_the_log_probs_and_not_among_the_tokens(model: Any) -> None:
