@@ -10,9 +10,10 @@ import onnx
 from ..configuration_sparseq import SPARSEQ_VERSION
 from ..model_folder import new_folder
 from ..modeling_sparseq import SparseqForConditionalGeneration
+from .int8 import Int8Operators
 from .models import ModelGraphs
 from .nodes import WeightFile
-from .operators import FloatOperators
+from .operators import FloatOperators, Operators
 
 # What the files mean. Raised when inputs, outputs or the record change, so that an earlier folder is not taken for one
 # of this version.
@@ -24,6 +25,7 @@ _WEIGHTS = "weights.bin"
 _VOLATILE = ("_name_or_path", "auto_map", "sparseq_version", "transformers_version")
 
 Precision = Literal["float32", "int8"]
+_OPERATORS: dict[str, type[Operators]] = {"float32": FloatOperators, "int8": Int8Operators}
 
 
 def export_graphs(
@@ -42,13 +44,13 @@ def export_graphs(
 
     Raises:
         FileExistsError: The folder is there already.
-        ValueError: The model has something that no graph can express.
+        ValueError: There is no such precision, or the model has something that no graph can express.
     """
-    if precision != "float32":
-        raise ValueError(f'`precision` must be "float32", but is {precision!r}')
+    if precision not in _OPERATORS:
+        raise ValueError(f"`precision` must be one of {sorted(_OPERATORS)}, but is {precision!r}")
     with new_folder(folder) as partial:
         weights = WeightFile(partial / _WEIGHTS)
-        graphs = ModelGraphs(model, weights, FloatOperators())
+        graphs = ModelGraphs(model, weights, _OPERATORS[precision]())
         written = {
             "encoder": graphs.encoder(),
             "prefill": graphs.prefill(),
