@@ -13,6 +13,9 @@ TOKENIZER_FILES = (
     *("special_tokens_map.json", "added_tokens.json", "chat_template*", "*processor_config.json"),
 )
 
+GRAPH_FOLDER = ".sparseq"
+"""Folder beside a model in which a translator keeps the graphs that it made of it. It may be removed at any time."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -48,7 +51,7 @@ def check_new_folder(output: str | Path, *, force: bool = False, keep: Sequence[
 
     Args:
         output: The folder to be. It may exist if it is empty; with `force`, also if it holds files but no folders, as
-            a model's does.
+            a model's does, of which `GRAPH_FOLDER` is no part.
         force: Replace a folder that is there.
         keep: What must not be replaced, such as the folders that are read.
 
@@ -64,7 +67,7 @@ def check_new_folder(output: str | Path, *, force: bool = False, keep: Sequence[
         raise FileExistsError(f"{output} holds {inside[0]}, which is read and must stay: name another folder.")
     if not force:
         raise FileExistsError(f"{output} is there already: name another folder, or replace it with --force.")
-    if nested := sorted(path.name for path in output.iterdir() if path.is_dir()):
+    if nested := sorted(path.name for path in output.iterdir() if path.is_dir() and path.name != GRAPH_FOLDER):
         raise FileExistsError(
             f"--force replaces a model's folder, but {output} holds other folders ({', '.join(nested[:5])}), as a "
             "run's does: remove it yourself, or name another."

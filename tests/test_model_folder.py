@@ -69,6 +69,8 @@ def test_what_must_stay_is_not_replaced(tmp_path: Path) -> None:
     check_new_folder(tmp_path / "absent")
     check_new_folder(tmp_path / "empty")
     check_new_folder(tmp_path / "run" / "checkpoint-1", force=True)
+    (tmp_path / "model" / ".sparseq" / "onnx-int8-0").mkdir(parents=True)
+    check_new_folder(tmp_path / "model", force=True)
     with pytest.raises(FileExistsError, match="is a file"):
         check_new_folder(tmp_path / "file", force=True)
     with pytest.raises(FileExistsError, match="--force"):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparseq.hub.eval_results import FOLDER as EVAL_RESULTS
+from sparseq.model_folder import GRAPH_FOLDER
 
 Fate = Literal["upload", "leave out", "refuse"]
 
@@ -66,6 +67,7 @@ _LEFT_OUT_FOLDERS = (
     (("global_step*", "optimizer_*", "pytorch_model_fsdp*"), _STATE),
     (("cache", "data", "data.partial"), "text and tokens of the run, which may not be yours to publish"),
     (("tokenizer",), "the run's own copy of the tokenizer"),
+    ((GRAPH_FOLDER,), "graphs of a translator, which it makes wherever they are wanted"),
     (("merged", "hub"), "a model folder of its own: push it by itself"),
     (("runs", "logs", "wandb", "mlruns", "inspection"), "logs and reports"),
 )

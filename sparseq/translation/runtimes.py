@@ -12,15 +12,12 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig
 
 from sparseq.loading import GENERATION_CONFIG, load_model
-from sparseq.modeling_sparseq import SparseqForConditionalGeneration
+from sparseq.model_folder import GRAPH_FOLDER
 from sparseq.translation.backend import Backend
 from sparseq.translation.generate_backend import GenerateBackend, is_accelerator
 
 Precision = Literal["float32", "int8"]
 Runtime = Literal["auto", "onnx", "torch"]
-
-GRAPH_FOLDER = ".sparseq"
-"""Folder beside a checkpoint in which graphs are kept. It may be removed at any time."""
 
 INSTALL = 'pip install "sparseq[onnx]"'
 
@@ -85,7 +82,7 @@ def open_backend(folder: Path, config: PreTrainedConfig, choice: Choice) -> tupl
         return _open_torch(folder, config, choice)
     try:
         return _open_onnx(folder, config, choice)
-    except (ModuleNotFoundError, ValueError) as error:
+    except (ImportError, ValueError) as error:
         if choice.runtime == "onnx":
             raise
         _logger.warning(f"{folder} is run by PyTorch's generate(), which is slower than ONNX Runtime: {error}")
@@ -170,10 +167,8 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparseq"
 
 
-def _read_generation_config(folder: Path, config: Any) -> GenerationConfig:
+def _read_generation_config(folder: Path, config: PreTrainedConfig) -> GenerationConfig:
     """As `from_pretrained` would give it to the model, without the model."""
     if (folder / GENERATION_CONFIG).is_file():
         return GenerationConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        settings: GenerationConfig = SparseqForConditionalGeneration(config).generation_config
-    return settings
+    return GenerationConfig.from_model_config(config)

@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from sparseq.conversion.sources import check_numbers
 from sparseq.data.lines import near_name
+from sparseq.modeling_sparseq import DEFAULT_MAX_LENGTH
 
 # Of a generation configuration: what it returns, where it comes from, and what concerns other kinds of models.
 _NO_SETTINGS = {
@@ -30,6 +31,20 @@ def check_setting_names(names: Iterable[str]) -> None:
         if name not in SETTINGS:
             near = near_name(name, sorted({*SETTINGS, *_OTHER_NAMES}))
             raise ValueError(f"`{name}` is no setting of translation.{near} Settings bear the names of generate().")
+
+
+def with_maximum(own: GenerationConfig, positions: int | None) -> GenerationConfig:
+    """A model's settings with a maximum length, where they have none.
+
+    Args:
+        own: The model's.
+        positions: Target positions that the model has; None where there is no limit.
+    """
+    if own.max_length is not None or own.max_new_tokens is not None:
+        return own
+    settings = copy.deepcopy(own)
+    settings.max_length = min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
+    return settings
 
 
 def merge_settings(own: GenerationConfig, changes: Mapping[str, Any]) -> GenerationConfig:

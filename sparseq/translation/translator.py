@@ -31,7 +31,7 @@ from sparseq.translation.results import (
 )
 from sparseq.translation.runtimes import Choice, Precision, Runtime, open_backend
 from sparseq.translation.sentences import split_text
-from sparseq.translation.settings import check_lengths, forced_prefix, merge_settings, seeded_apart
+from sparseq.translation.settings import check_lengths, forced_prefix, merge_settings, seeded_apart, with_maximum
 
 __all__ = ["TranslatedHypothesis", "Translation", "Translator"]
 
@@ -91,7 +91,8 @@ class Translator:
         backend: Decodes; `from_pretrained` and `from_model` choose one.
         tokenizer: The model's.
         config: The model's configuration.
-        generation_config: The model's generation settings.
+        generation_config: The model's generation settings. Without a maximum, which would be 20 tokens to generate(),
+            it is 256 tokens, as in a Sparseq model.
         name: Of the model, for messages.
     """
 
@@ -106,7 +107,7 @@ class Translator:
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
-        self.generation_config = generation_config
+        self.generation_config = with_maximum(generation_config, position_limit(config))
         self._backend = backend
         self._config = config
         self._positions = position_limit(config)

@@ -150,6 +150,7 @@ def test_what_training_leaves_behind_is_left_out(folder: Path) -> None:
             "_push-1/x.json",
         ),
         *("cache/x.arrow", "data/train.en", "tokenizer/tokenizer.json", "merged/config.json", "runs/a/b", ".git/HEAD"),
+        ".sparseq/onnx-float32-0/step.onnx",
     ]
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
