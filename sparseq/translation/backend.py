@@ -8,7 +8,7 @@ import numpy as np
 from transformers import GenerationConfig
 
 OnToken = Callable[[int, int], None]
-"""Called with the row of a sentence in its batch and a token that was decided for it."""
+"""Called with the row of a sentence in its batch and a token that was decided for it; not with the end of it."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,15 @@ class Hypothesis:
 
     Attributes:
         token_ids: Target tokens with the prefix, without the start token and without the end-of-sentence token.
-        score: Sum of the log-probabilities of the tokens that were chosen (the end of the sentence among them, the
-            prefix not), as generate() scores them, divided by their number to the power of `length_penalty`.
-        token_log_probs: Log-probability of each token chosen, prefix left out, the end of the sentence included.
-        attention: Cross-attention `(T, S)`, for each of `token_ids` how much it looks at each source token; of the
-            last decoder layer but one (the only one of a single layer), averaged over its heads, which is where
-            attention resembles an alignment most (arXiv 1909.02074). None unless asked for.
+        score: Sum of `token_log_probs` divided by their number to the power of `length_penalty`; of a beam search it
+            is `sequences_scores` of generate().
+        token_log_probs: Log-probability of each token chosen, prefix left out, the end of the sentence included, as
+            `compute_transition_scores` of generate() gives it: in beam search the softmax over the vocabulary comes
+            before settings that forbid, force or penalise tokens; in greedy search and sampling it comes after them,
+            so that it is the distribution that the token was taken from. A forced token has 0 in both.
+        attention: Cross-attention `(T, S)` of the steps that chose `token_ids`, S being the source's own tokens without
+            padding; of the last decoder layer but one (the only one of a single layer), averaged over its heads, which
+            is where attention resembles an alignment most (arXiv 1909.02074). None unless asked for.
     """
 
     token_ids: list[int]

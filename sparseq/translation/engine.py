@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one decoder step gives for R rows.
+    """What one decoder step gives for R rows. It holds until the next step, and the caller may write into it.
 
     Attributes:
         logits: `(R, V)` float32 of the last token; None where candidates were asked for.
@@ -28,6 +28,11 @@ class Engine(Protocol):
 
     A batch of B sources is decoded with `beams` rows each, R = B * beams, rows of one source side by side. Cross
     keys and values are kept once a source, and never moved.
+
+    Attributes:
+        vocab_size: V.
+        max_source_length: Most tokens of a source; None where there is no limit.
+        max_target_length: Most tokens that a row can be fed, the start token among them; None where there is none.
     """
 
     vocab_size: int
