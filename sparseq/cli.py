@@ -33,6 +33,7 @@ COMMANDS: dict[str, Command] = {
     "pretrain": Command("sparseq.training.pretrain_command", "pre-train a model on plain text, to fine-tune it later"),
     "score": Command("sparseq.metrics.score_command", "score a trained model on a test set, alone or against another"),
     "compare": Command("sparseq.conversion.compare_command", "two models side by side: logits, BLEU, sizes, caches"),
+    "translate": Command("sparseq.translation.translate_command", "translate standard input or files"),
     "average": Command("sparseq.training.average_command", "average the weights of several checkpoints"),
     "convert": Command(
         "sparseq.conversion.convert_command",
@@ -78,6 +79,8 @@ examples:
                                      BLEU and chrF of its translations of corpus/test.en
   sparseq compare outputs/dense outputs/upcycled --data corpus --source en --target de
                                      how far are their logits, perplexity, BLEU, sizes and caches apart?
+  sparseq translate outputs/tiny < new.en > new.de
+                                     fast, on ONNX Runtime where it is installed
   sparseq average outputs/tiny --last 5 --output outputs/average
                                      the mean of the weights of its last five checkpoints
   sparseq convert Helsinki-NLP/opus-mt-en-de models/en-de

@@ -21,10 +21,20 @@ def read_lines(path: Path) -> Iterator[str]:
     Raises:
         ValueError: The file cannot be decompressed, or is not UTF-8; the message names the line.
     """
-    for number, line in enumerate(read_raw_lines(path), start=1):
-        if isinstance(line, bytes):
-            raise ValueError(not_utf8(path, number, line))
-        yield line
+    return _as_text(read_raw_lines(path), path)
+
+
+def read_stream(stream: Iterable[bytes], name: str) -> Iterator[str]:
+    """The lines of an open stream, such as standard input, as `read_lines` has them, each as soon as it is there.
+
+    Args:
+        stream: Lines with their ends.
+        name: Of the stream, for messages.
+
+    Raises:
+        ValueError: A line is not UTF-8.
+    """
+    return _as_text(_raw_lines(stream), name)
 
 
 def read_raw_lines(path: Path) -> Iterator[str | bytes]:
@@ -35,14 +45,7 @@ def read_raw_lines(path: Path) -> Iterator[str | bytes]:
     """
     try:
         with _open(path) as stream:
-            for number, line in enumerate(stream):
-                if number == 0:
-                    line = line.removeprefix(_BYTE_ORDER_MARK)
-                line = line.removesuffix(b"\n").removesuffix(b"\r")
-                try:
-                    yield line.decode("utf-8")
-                except UnicodeDecodeError:
-                    yield line
+            yield from _raw_lines(stream)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} cannot be decompressed ({error}). Is the download complete?") from error
 
@@ -87,6 +90,24 @@ def file_hashes(paths: Iterable[Path]) -> dict[str, str]:
     for number, path in enumerate(paths, start=1):
         hashes[path.name if path.name not in hashes else f"{path.name} ({number})"] = file_hash(path)
     return hashes
+
+
+def _raw_lines(stream: Iterable[bytes]) -> Iterator[str | bytes]:
+    for number, line in enumerate(stream):
+        if number == 0:
+            line = line.removeprefix(_BYTE_ORDER_MARK)
+        line = line.removesuffix(b"\n").removesuffix(b"\r")
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError:
+            yield line
+
+
+def _as_text(lines: Iterable[str | bytes], name: Path | str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if isinstance(line, bytes):
+            raise ValueError(not_utf8(name, number, line))
+        yield line
 
 
 def _open(path: Path) -> IO[bytes]:

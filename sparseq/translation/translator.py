@@ -220,7 +220,7 @@ class Translator:
         return self._translate(job, list(texts))
 
     def translate_lines(
-        self, lines: Iterable[str], *, on_batch: OnBatch | None = None, **options: Any
+        self, lines: Iterable[str], *, first: int = 1, on_batch: OnBatch | None = None, **options: Any
     ) -> Iterator[Translation]:
         """Translate a stream of texts, which may have no end, in order and with flat memory.
 
@@ -228,13 +228,14 @@ class Translator:
 
         Args:
             lines: Texts.
+            first: Number of the first line, for messages.
             on_batch: Told after each batch how many texts are done with it, and how many source tokens it had.
             options: The other arguments of `translate`.
 
         Raises:
             ValueError: An argument is refused, at once; or a text is too long, when its turn comes.
         """
-        return self._translate_windows(self._job(on_batch=on_batch, noun="Line", **options), lines)
+        return self._translate_windows(self._job(on_batch=on_batch, noun="Line", **options), lines, first)
 
     def stream(self, text: str, **options: Any) -> Iterator[str]:
         """Yield the translation of one text bit by bit as it is made; joined, the bits are the translation.
@@ -316,8 +317,7 @@ class Translator:
             raise ValueError(f"target_language {direction.target}: {self.name} has tags for {languages} only.")
         return cue
 
-    def _translate_windows(self, job: _Job, lines: Iterable[str]) -> Iterator[Translation]:
-        first = 1
+    def _translate_windows(self, job: _Job, lines: Iterable[str], first: int) -> Iterator[Translation]:
         for window in windows(lines):
             yield from self._translate(job, window, first=first)
             first += len(window)
