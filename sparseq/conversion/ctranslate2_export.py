@@ -11,9 +11,10 @@ from sparseq.configuration_sparseq import SparseqConfig
 from sparseq.conversion.changes import plan_changes
 from sparseq.conversion.command import kept_experts
 from sparseq.conversion.ctranslate2_model import check_representable, make_spec, position_rows
-from sparseq.conversion.exporting import Checkpoint, example_text, language_note
+from sparseq.conversion.exporting import Checkpoint
 from sparseq.conversion.merged_experts import MergedExperts
 from sparseq.conversion.plan import Plan
+from sparseq.conversion.runtime_readme import ends_of, example_text, language_note, longest_of
 from sparseq.conversion.tensors import Source
 from sparseq.languages import language_ids, target_field
 
@@ -161,7 +162,7 @@ class CTranslate2Export:
 
     def _special_tokens(self, tokens: Sequence[str]) -> dict[str, str | None]:
         settings = self.plan.generation_config
-        end = _ends(settings)[0]
+        end = ends_of(settings)[0]
         # What is not in the vocabulary becomes this one; a tokenizer of bytes has none, and needs none.
         unknown = self.tokenizer.unk_token_id
         if unknown is None:
@@ -208,28 +209,18 @@ def _check_tokens(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) ->
             f"The tokenizer of {checkpoint.folder} has a vocabulary for each language (`separate_vocabs`), and one "
             "number is two tokens: use --to onnx, which is given numbers."
         )
-    if not _ends(checkpoint.generation_config):
+    if not ends_of(checkpoint.generation_config):
         raise ValueError(f"{checkpoint.folder} has no `eos_token_id`, without which no translation ends.")
-
-
-def _ends(settings: GenerationConfig) -> list[int]:
-    """The tokens that end a target."""
-    ends = settings.eos_token_id
-    return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
 
 
 def _search_options(settings: GenerationConfig, tokens: Sequence[str], *, prefix: str | None) -> dict[str, str]:
     """The arguments of `translate_batch`, as Python has them, that do what generate() does with these settings."""
     beams = settings.num_beams or 1
-    length = settings.max_new_tokens
-    if length is None:
-        # The start token counts there.
-        length = max((settings.max_length or 1) - 1, 1)
     least = settings.min_new_tokens or max((settings.min_length or 0) - 1, 0)
     options: dict[str, Any] = {
         "beam_size": beams,
         "max_input_length": 0,
-        "max_decoding_length": length,
+        "max_decoding_length": longest_of(settings),
         "min_decoding_length": least,
     }
     if beams > 1:
@@ -246,7 +237,7 @@ def _search_options(settings: GenerationConfig, tokens: Sequence[str], *, prefix
     forbidden = [*(settings.bad_words_ids or []), *([one] for one in settings.suppress_tokens or [])]
     if forbidden:
         options["suppress_sequences"] = [[tokens[number] for number in word] for word in forbidden]
-    if len(ends := _ends(settings)) > 1:
+    if len(ends := ends_of(settings)) > 1:
         options["end_token"] = [tokens[number] for number in ends]
     written = {name: repr(value) for name, value in options.items()}
     return written if prefix is None else {**written, "target_prefix": f"[[{prefix!r}]] * len(sources)"}

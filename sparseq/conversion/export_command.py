@@ -29,6 +29,8 @@ examples:
       for CTranslate2, with weights of 8 bits
   sparseq export outputs/sparse exported --to ctranslate2 --merge-experts mean
       likewise, each mixture of experts made one layer, which changes what the model computes
+  sparseq export outputs/sparse exported --to torch
+      encoder and decoder as programs of torch.export, experts included
   sparseq export outputs/dense exported --to marian --dry-run
       does a model that was trained here fit? what would become of every tensor?
 
@@ -72,6 +74,12 @@ def _ctranslate2(checkpoint: "Checkpoint", args: argparse.Namespace) -> "Export"
     )
 
 
+def _torch(checkpoint: "Checkpoint", args: argparse.Namespace) -> "Export":
+    from sparseq.conversion.torch_export import TorchExport
+
+    return TorchExport.prepared(checkpoint, dtype=args.dtype)
+
+
 _OF_LIBRARY = ("dtype", "max_shard_size")
 TARGETS: dict[str, Target] = {
     "bart": Target("BART of the library", _library, _OF_LIBRARY),
@@ -82,6 +90,7 @@ TARGETS: dict[str, Target] = {
     "ctranslate2": Target(
         "for ctranslate2.Translator; dense models", _ctranslate2, ("quantization", "merge_experts", "positions")
     ),
+    "torch": Target("programs of torch.export", _torch, ("dtype",)),
 }
 """The targets by the names that `--to` takes: model types of the library, and runtimes."""
 
@@ -90,7 +99,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     """Register the sub-command."""
     parser = subparsers.add_parser(
         "export",
-        help="write a model for CTranslate2, or as a BART, Marian, ... of the library",
+        help="write a model for a runtime, or as a BART, Marian, ... of the library",
         description="Write a Sparseq model for other programs: as one of the library's own architectures, or for a\n"
         "runtime. Neither needs code of ours to load it.",
         epilog=_EPILOG.format(targets="\n".join(_lines())),

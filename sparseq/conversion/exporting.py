@@ -12,9 +12,6 @@ from sparseq.conversion.sources import read_generation_config
 from sparseq.conversion.tokenizers import has_tokenizer, read_tokenizer
 from sparseq.loading import check_model_files, load_config
 
-# No sentence of anybody's data.
-EXAMPLE = "A man is walking in the park."
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -75,19 +72,3 @@ class Export(Protocol):
         Raises:
             OSError, ValueError: The disk is full, or a weight cannot be stored.
         """
-
-
-def example_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A source text as the model expects it, with the tag of a target language where it takes tags."""
-    return " ".join([*_tags(tokenizer)[:1], EXAMPLE])
-
-
-def language_note(tokenizer: PreTrainedTokenizerBase) -> str:
-    """How a source text says which language it is to be translated into; empty where it says nothing."""
-    listed = ", ".join(f"`{tag}`" for tag in _tags(tokenizer))
-    return f"Each text begins with the tag of the language to translate into: {listed}.\n\n" if listed else ""
-
-
-def _tags(tokenizer: PreTrainedTokenizerBase) -> Sequence[str]:
-    tags: Sequence[str] = getattr(tokenizer, "language_tags", ())
-    return tags
