@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -10,8 +9,9 @@ import onnxruntime as ort
 from ..graphs.files import read_record
 from .engine import StepOutput
 
-# Target tokens that a cache has room for at first; it doubles when they are used up.
-_FIRST_CAPACITY = 32
+# Target tokens that a cache has room for, and as many more whenever they are used up. A cache with more room than that
+# is slower to read, one with less is moved more often.
+_ROOM = 32
 
 
 @dataclass
@@ -19,14 +19,16 @@ class _State:
     """One batch being decoded.
 
     Rows lie in slots of the cache. A row that continues another takes over its slot where it is the first to do so;
-    only what several rows continue is copied, into slots whose rows ended. So beams change places at the price of
-    those that branch.
+    only what several rows continue is copied, into slots whose rows ended, from where the two begin to differ. So
+    beams change places at the price of the last tokens of those that branch.
 
     Attributes:
         beams: Rows of each source.
         source: What the encoder gave, by the name of its output: mask, cross keys and values.
-        cache: Keys and values of all layers, `(layers * 2, R, K, capacity, P)`.
+        cache: Keys and values of all layers, `(layers * 2, R or more, K, capacity, P)`.
         slots: `(R,)`, the slot of each row. Slots of one source lie side by side, as its rows do.
+        in_order: Whether each row lies in the slot of its own number.
+        shared: `(B, beams, beams)`, how many first tokens two slots of a source are known to share.
         length: Tokens that the cache holds of each row.
         bindings: What each session reads and writes, by the session's name; made anew when an array is replaced.
     """
@@ -35,8 +37,57 @@ class _State:
     source: dict[str, np.ndarray]
     cache: np.ndarray
     slots: np.ndarray
+    shared: np.ndarray
+    in_order: bool = True
     length: int = 0
     bindings: dict[str, "_Binding"] = field(default_factory=dict)
+
+    def continue_rows(self, rows: np.ndarray) -> None:
+        """Give each row the slot of the row that it continues, or a copy of it."""
+        parents = self.slots[rows]
+        slots, first = np.unique(parents, return_index=True)
+        if len(slots) < len(parents):
+            is_copy, is_free = np.ones(len(parents), dtype=bool), np.ones(len(parents), dtype=bool)
+            is_copy[first] = False
+            is_free[slots] = False
+            # A source has as many free slots as rows without one, and both are in the order of the sources.
+            (free,) = np.nonzero(is_free)
+            for slot, parent in zip(free.tolist(), parents[is_copy].tolist(), strict=True):
+                self._copy_slot(slot, parent)
+            parents[is_copy] = free
+        self.slots = parents
+        self.in_order = np.array_equal(parents, np.arange(len(parents)))
+
+    def _copy_slot(self, slot: int, other: int) -> None:
+        """Make a slot hold what another slot of the same source holds."""
+        source, place = divmod(slot, self.beams)
+        shared, other_place = self.shared[source], other - source * self.beams
+        different = slice(shared[place, other_place], self.length)
+        self.cache[:, slot, :, different] = self.cache[:, other, :, different]
+        shared[place] = shared[other_place]
+        shared[:, place] = shared[:, other_place]
+        shared[place, other_place] = shared[other_place, place] = self.length
+
+    def make_room(self, number: int) -> None:
+        """Give the cache room for so many more tokens."""
+        layers, _, kv_heads, _, width = self.cache.shape
+        grown = np.empty((layers, len(self.slots), kv_heads, self.length + number, width), dtype=np.float32)
+        grown[:, :, :, : self.length] = self.cache[:, : len(self.slots), :, : self.length]
+        self.cache = grown
+        self.bindings.clear()
+
+    def select(self, sources: np.ndarray) -> None:
+        """Keep these sources, and move their slots together."""
+        kept = (sources[:, None] * self.beams + np.arange(self.beams)).reshape(-1)
+        for slot, old in enumerate(kept.tolist()):
+            if slot != old:
+                self.cache[:, slot, :, : self.length] = self.cache[:, old, :, : self.length]
+        moved = np.empty(len(self.slots), dtype=np.int64)
+        moved[kept] = np.arange(len(kept))
+        self.slots = moved[self.slots[kept]]
+        self.shared = self.shared[sources]
+        self.source = {name: array[sources] for name, array in self.source.items()}
+        self.bindings.clear()
 
 
 class _Binding:
@@ -48,12 +99,11 @@ class _Binding:
         self.tokens = np.zeros(rows, dtype=np.int64)
         self.past_lengths = np.zeros(rows, dtype=np.int32)
         self.total_length = np.zeros(1, dtype=np.int32)
-        names = [output.name for output in session.get_outputs()]
         shapes = {output.name: output.shape for output in session.get_outputs()}
         self.logits = np.empty((rows, shapes["logits"][1]), dtype=np.float32)
         self.attention: np.ndarray | None = None
         outputs = {"logits": self.logits}
-        if "attention" in names:
+        if "attention" in shapes:
             self.attention = outputs["attention"] = np.empty((rows, state.source["source_mask"].shape[1]), np.float32)
         inputs = {
             "tokens": self.tokens,
@@ -73,8 +123,9 @@ class _Binding:
         for name, array in outputs.items():
             self._binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
 
-    def run(self, tokens: np.ndarray, slots: np.ndarray, length: int) -> None:
-        self.tokens[slots] = tokens
+    def run(self, tokens: np.ndarray, by_slot: np.ndarray | slice, length: int) -> None:
+        """Append a token to each row; what comes of it is in `logits` and `attention`, by slot."""
+        self.tokens[by_slot] = tokens
         self.past_lengths[:] = length
         self.total_length[:] = length + 1
         self._session.run_with_iobinding(self._binding)
@@ -119,8 +170,9 @@ class OnnxEngine:
         names = [output.name for output in encoder.get_outputs()]
         feed = {"input_ids": input_ids, "attention_mask": attention_mask}
         source = dict(zip(names, encoder.run(names, feed), strict=True))
-        rows = len(input_ids) * beams
-        return _State(beams, source, self._new_cache(rows, _FIRST_CAPACITY), np.arange(rows))
+        sources, rows = len(input_ids), len(input_ids) * beams
+        cache = np.empty((2 * self._layers, rows, self._kv_heads, _ROOM, self._width), dtype=np.float32)
+        return _State(beams, source, cache, np.arange(rows), np.zeros((sources, beams, beams), dtype=np.int64))
 
     def step(
         self,
@@ -138,60 +190,26 @@ class OnnxEngine:
         """
         _check_length(state.length + 1, self.max_target_length, "target")
         if rows is not None:
-            self._continue_rows(state, rows)
+            state.continue_rows(rows)
         if state.length == state.cache.shape[3]:
-            grown = self._new_cache(state.cache.shape[1], 2 * state.length)
-            grown[:, :, :, : state.length] = state.cache
-            state.cache = grown
-            state.bindings.clear()
+            state.make_room(_ROOM)
         name = "step_attention" if attention else "step"
         if name not in state.bindings:
             state.bindings[name] = _Binding(self._session(name), state)
         binding = state.bindings[name]
-        binding.run(tokens, state.slots, state.length)
+        by_slot = slice(None) if state.in_order else state.slots
+        binding.run(tokens, by_slot, state.length)
         state.length += 1
-        moved = not np.array_equal(state.slots, np.arange(len(state.slots)))
-        by_row: Any = state.slots if moved else slice(None)
-        weights = None if binding.attention is None else binding.attention[by_row]
+        weights = None if binding.attention is None else binding.attention[by_slot]
         if not candidates:
-            return StepOutput(logits=binding.logits[by_row], attention=weights)
+            return StepOutput(logits=binding.logits[by_slot], attention=weights)
         feed = {"logits": binding.logits, "number": np.array([candidates])}
-        ids, scores = self._session("likeliest").run(["ids", "log_probs"], feed)
-        return StepOutput(candidate_ids=ids[by_row], candidate_log_probs=scores[by_row], attention=weights)
+        ids, log_probs = self._session("likeliest").run(["ids", "log_probs"], feed)
+        return StepOutput(candidate_ids=ids[by_slot], candidate_log_probs=log_probs[by_slot], attention=weights)
 
     def select(self, state: _State, sources: np.ndarray) -> None:
         """As `Engine.select`."""
-        kept = np.zeros(len(state.slots) // state.beams, dtype=bool)
-        kept[sources] = True
-        old = (np.asarray(sources)[:, None] * state.beams + np.arange(state.beams)).reshape(-1)
-        for new_slot, slot in enumerate(old):
-            if new_slot != slot:
-                state.cache[:, new_slot, :, : state.length] = state.cache[:, slot, :, : state.length]
-        moves = np.zeros(len(state.slots), dtype=np.int64)
-        moves[old] = np.arange(len(old))
-        state.slots = moves[state.slots[old]]
-        state.source = {name: array[sources] for name, array in state.source.items()}
-        state.bindings.clear()
-
-    def _continue_rows(self, state: _State, rows: np.ndarray) -> None:
-        """Give each row the slot of the row that it continues, or a copy of it."""
-        parents = state.slots[rows]
-        slots, first = np.unique(parents, return_index=True)
-        if len(slots) < len(parents):
-            is_copy = np.ones(len(parents), dtype=bool)
-            is_copy[first] = False
-            is_free = np.ones(len(parents), dtype=bool)
-            is_free[slots] = False
-            # A source has as many free slots as rows without one, and both are in the order of the sources.
-            (free,) = np.nonzero(is_free)
-            copied = parents[is_copy]
-            for slot, parent in zip(free, copied, strict=True):
-                state.cache[:, slot, :, : state.length] = state.cache[:, parent, :, : state.length]
-            parents[is_copy] = free
-        state.slots = parents
-
-    def _new_cache(self, rows: int, capacity: int) -> np.ndarray:
-        return np.zeros((2 * self._layers, rows, self._kv_heads, capacity, self._width), dtype=np.float32)
+        state.select(np.asarray(sources))
 
     def _session(self, name: str) -> ort.InferenceSession:
         if name not in self._sessions:
