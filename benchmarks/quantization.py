@@ -22,14 +22,16 @@ from typing import Any
 import torch
 from interleave import interleave, ratios, setting  # type: ignore[import-not-found]  # these two lie beside this script
 from run_results import RESAMPLES  # type: ignore[import-not-found]
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig
 
 import sparseq
 from sparseq.cli import main as command
 from sparseq.data.parallel import ParallelText, read_parallel
+from sparseq.languages import Direction
 from sparseq.metrics.command import comparison_cells, figure_cell
 from sparseq.metrics.corpus import Bleu, Chrf
 from sparseq.metrics.scoring import Scored, paired_differences, score_predictions
+from sparseq.metrics.systems import open_model
 from sparseq.text_table import format_table
 from sparseq.training.evaluation import translate_batchwise
 
@@ -60,10 +62,12 @@ Translate = Callable[[Sequence[str]], list[str]]
 
 def pytorch(folder: Path, scratch: Path, precision: str) -> Translate:
     """`generate()` of the model as it is, or with int8 weights, as `save_pretrained` writes them to `scratch`."""
-    options = {"quantization_config": sparseq.SparseqInt8Config()} if precision == "int8" else {}
-    AutoModelForSeq2SeqLM.from_pretrained(folder, **options).save_pretrained(scratch)
-    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(scratch), AutoTokenizer.from_pretrained(folder)
-    return lambda texts: translate_batchwise(model, tokenizer, texts, batch_tokens=4096, **SEARCH)
+    int8 = sparseq.SparseqInt8Config() if precision == "int8" else None
+    AutoModelForSeq2SeqLM.from_pretrained(folder, quantization_config=int8).save_pretrained(scratch)
+    model, system = AutoModelForSeq2SeqLM.from_pretrained(scratch), open_model(str(folder), Direction(SOURCE, TARGET))
+    tokenizer: Any = system.tokenizer
+    options: dict[str, Any] = {**SEARCH, **system.cue.generation, "prefix": system.cue.prefix, "batch_tokens": 4096}
+    return lambda texts: translate_batchwise(model, tokenizer, texts, **options)
 
 
 def onnx_runtime(folder: Path, scratch: Path, precision: str) -> Translate:
@@ -71,7 +75,8 @@ def onnx_runtime(folder: Path, scratch: Path, precision: str) -> Translate:
     translator = sparseq.Translator.from_pretrained(
         folder, precision=precision, runtime="onnx", threads=1, cache_dir=scratch
     )
-    return lambda texts: [translation.text for translation in translator.translate(list(texts), **SEARCH)]
+    options = {**SEARCH, "source_language": SOURCE, "target_language": TARGET}
+    return lambda texts: [translation.text for translation in translator.translate(list(texts), **options)]
 
 
 def ctranslate2(folder: Path, scratch: Path, precision: str) -> Translate:
@@ -81,15 +86,19 @@ def ctranslate2(folder: Path, scratch: Path, precision: str) -> Translate:
     quantization = ("--quantization", "int8") if precision == "int8" else ()
     command(["export", str(folder), str(scratch), "--to", "ctranslate2", "--force", *quantization])
     translator = runtime.Translator(str(scratch), device="cpu", intra_threads=1, inter_threads=1)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    system = open_model(str(folder), Direction(SOURCE, TARGET))
+    if system.cue.generation:
+        raise SystemExit(f"{folder} begins its outputs with the language, which this script does not tell CTranslate2")
+    tokenizer: Any = system.tokenizer
     # The model's own limit counts the start token.
     limit = GenerationConfig.from_pretrained(folder).max_length - 1
     options = {"beam_size": SEARCH["num_beams"], "max_decoding_length": limit}
 
     def translate(texts: Sequence[str]) -> list[str]:
-        sources = [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(list(texts))["input_ids"]]
+        marked = [system.cue.prefix + text for text in texts]
+        sources = [tokenizer.convert_ids_to_tokens(ids) for ids in tokenizer(marked)["input_ids"]]
         results = translator.translate_batch(sources, max_input_length=0, min_decoding_length=0, **options)
-        targets: Any = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
+        targets = [tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
         return [text.strip() for text in tokenizer.batch_decode(targets, skip_special_tokens=True)]
 
     return translate
