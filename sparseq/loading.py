@@ -179,7 +179,7 @@ def check_model_files(folder: str | Path, *, may_be_int8: bool = False) -> None:
     _check_model(folder)
     if not may_be_int8 and (folder / "config.json").is_file() and _quantization(folder):
         raise ValueError(
-            f"{folder} has int8 weights, which are for translating and scoring only: name the folder with the "
+            f"{folder} has int8 weights, which PyTorch can run and nothing can change: name the folder with the "
             "floating-point weights that they were made from."
         )
     if not (folder / "adapter_config.json").is_file():

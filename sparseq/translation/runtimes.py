@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig
 
-from sparseq.loading import GENERATION_CONFIG, load_model
+from sparseq.loading import GENERATION_CONFIG, check_model_files, load_model
 from sparseq.model_folder import GRAPH_FOLDER
 from sparseq.translation.backend import Backend
 from sparseq.translation.generate_backend import GenerateBackend, is_accelerator
@@ -91,7 +91,7 @@ def open_backend(folder: Path, config: PreTrainedConfig, choice: Choice) -> tupl
 
 def _open_torch(folder: Path, config: PreTrainedConfig, choice: Choice) -> tuple[Backend, GenerationConfig]:
     options: dict[str, Any] = {}
-    if choice.precision == "int8":
+    if choice.precision == "int8" and getattr(config, "quantization_config", None) is None:
         if config.model_type != "sparseq":
             raise ValueError(
                 f'{folder} is a model of type {config.model_type!r}, which has no `precision="int8"` here: make a '
@@ -116,6 +116,8 @@ def _open_onnx(folder: Path, config: PreTrainedConfig, choice: Choice) -> tuple[
             f"graphs are made of Sparseq models, and it is a model of type {config.model_type!r}: make a Sparseq "
             "model of it with `sparseq convert`."
         )
+    # Graphs round the weights by themselves.
+    check_model_files(folder)
     from sparseq.translation.onnx_engine import OnnxEngine
     from sparseq.translation.runtime_backend import RuntimeBackend
 

@@ -155,7 +155,7 @@ class Translator:
         choice = Choice(precision, runtime, device, threads, cache_dir)
         folder = local_folder(str(name), revision=revision, accept=load_seq2seq_config)
         config = load_seq2seq_config(folder)
-        check_model_files(folder)
+        check_model_files(folder, may_be_int8=True)
         tokenizer = load_tokenizer(folder)
         backend, settings = open_backend(folder, config, choice)
         return cls(backend, tokenizer, config, settings, name=str(name))

@@ -287,7 +287,7 @@ def test_a_weight_that_is_not_finite_is_refused(tmp_path: Path) -> None:
 
 def test_commands_that_change_weights_refuse_int8(sparse: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved = save_int8(sparse)
-    with pytest.raises(ValueError, match="has int8 weights, which are for translating and scoring only"):
+    with pytest.raises(ValueError, match="has int8 weights, which PyTorch can run and nothing can change"):
         check_model_files(saved)
     for command in (
         ["upcycle", str(saved), str(sparse.with_name("new")), "--experts", "8"],

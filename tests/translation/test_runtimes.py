@@ -66,6 +66,21 @@ def test_both_runtimes_translate_alike(model: Path, options: dict[str, Any]) -> 
     assert first == pytest.approx(second, abs=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_weights_that_were_saved_in_int8_are_run_by_pytorch(
+    model: Path, folder: Path, precision: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    int8 = AutoModelForSeq2SeqLM.from_pretrained(model, quantization_config=sparseq.SparseqInt8Config())
+    int8.save_pretrained(folder)
+    expected = translated(Translator.from_pretrained(model, precision="int8", runtime="torch", device="cpu"))
+    with caplog.at_level(logging.WARNING):
+        found = Translator.from_pretrained(folder, precision=precision, device="cpu")
+    assert translated(found) == expected
+    assert "has int8 weights, which PyTorch can run" in caplog.text
+    with pytest.raises(ValueError, match="name the folder with the floating-point weights"):
+        Translator.from_pretrained(folder, precision=precision, runtime="onnx")
+
+
 def test_graphs_are_made_once_and_kept(
     folder: Path, exported: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
