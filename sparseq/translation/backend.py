@@ -39,9 +39,9 @@ class Hypothesis:
             `compute_transition_scores` of generate() gives it: in beam search the softmax over the vocabulary comes
             before settings that forbid, force or penalise tokens; in greedy search and sampling it comes after them,
             so that it is the distribution that the token was taken from. A forced token has 0 in both.
-        attention: Cross-attention `(T, S)` of the steps that chose `token_ids`, S being the source's own tokens without
-            padding; of the last decoder layer but one (the only one of a single layer), averaged over its heads, which
-            is where attention resembles an alignment most (arXiv 1909.02074). None unless asked for.
+        attention: Cross-attention `(T, S)` of the steps that chose `token_ids`, padding left out; of the last decoder
+            layer but one (the only one of a single layer), averaged over its heads, which is where attention resembles
+            an alignment most (arXiv 1909.02074). None unless asked for.
     """
 
     token_ids: list[int]

@@ -53,17 +53,17 @@ def _hypotheses(batch: Batch, plan: Plan, ends: np.ndarray, history: History) ->
     number = int(plan.settings.num_return_sequences)
     best = np.argsort(-ends["score"], axis=1, kind="stable")[:, :number]
     ends = np.take_along_axis(ends, best, axis=1).ravel()
-    nodes, attention = history.trace(ends)
+    traces = history.trace(ends)
     has_end = (ends["token"][:, None] == plan.ends).any(axis=1)
     source_lengths = batch.attention_mask.sum(axis=1)
     hypotheses = []
     for index, end in enumerate(ends):
         source = index // number
         prompt, length = int(plan.targets.prompt_lengths[source]), int(end["length"])
-        tokens = nodes["token"][index, 1 : length + 1 - has_end[index]]
+        tokens = traces.tokens[index, 1 : length + 1 - has_end[index]]
         weights = None
-        if attention is not None:
-            weights = attention[index, : len(tokens), : source_lengths[source]].copy()
-        log_probs = nodes["log_prob"][index, prompt : length + 1]
+        if traces.attention is not None:
+            weights = traces.attention[index, : len(tokens), : source_lengths[source]].copy()
+        log_probs = traces.log_probs[index, prompt : length + 1]
         hypotheses.append(Hypothesis(tokens.tolist(), float(end["score"]), log_probs.tolist(), weights))
     return [hypotheses[first : first + number] for first in range(0, len(hypotheses), number)]

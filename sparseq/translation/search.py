@@ -13,8 +13,6 @@ from .proposals import Proposal, Proposer
 # Rows that go on for nothing cost a part of each step; leaving costs a copy of what the engine keeps of the others.
 _LEAVING_SHARE = 1 / 8
 
-_NODE = np.dtype([("token", np.int64), ("parent", np.int64), ("log_prob", np.float32)])
-
 END = np.dtype(
     [("score", np.float32), ("length", np.int64), ("parent", np.int64), ("token", np.int64), ("log_prob", np.float32)]
 )
@@ -41,7 +39,7 @@ class Search(Protocol):
     """Chooses among proposals.
 
     Attributes:
-        ends: Hypotheses that have ended, best first, `(B, rows)` of `END`.
+        ends: Hypotheses that have ended, `(B, rows)` of `END`.
     """
 
     ends: np.ndarray
@@ -63,38 +61,58 @@ class History:
     """
 
     def __init__(self, longest: int, rows: int) -> None:
-        self._nodes = np.zeros((longest, rows), dtype=_NODE)
+        # Of each length, what the rows that had it were continued with.
+        self._tokens = np.zeros((longest, rows), dtype=np.int64)
+        self._parents = np.zeros((longest, rows), dtype=np.int64)
+        self._log_probs = np.zeros((longest, rows), dtype=np.float32)
         self._attention: list[np.ndarray] = []
 
     def append(self, length: int, parents: np.ndarray, tokens: np.ndarray, log_probs: np.ndarray) -> None:
         """Keep what rows are continued with that had `length` tokens."""
-        nodes = self._nodes[length, : len(tokens)]
-        nodes["parent"], nodes["token"], nodes["log_prob"] = parents, tokens, log_probs
+        rows = len(tokens)
+        self._parents[length, :rows] = parents
+        self._tokens[length, :rows] = tokens
+        self._log_probs[length, :rows] = log_probs
 
     def append_attention(self, attention: np.ndarray) -> None:
         """Keep attention `(R, S)` of a step."""
         self._attention.append(attention.copy())
 
-    def trace(self, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Nodes `(H, L)` of hypotheses that ended so, `(H,)` of `END`, from the start token on, and attention
-        `(H, L - 1, S)` of the steps that chose them."""
-        longest = int(ends["length"].max()) + 1
-        nodes = np.zeros((len(ends), longest), dtype=_NODE)
+    def trace(self, ends: np.ndarray) -> "Traces":
+        """The hypotheses that ended so, `(H,)` of `END`."""
+        lengths, rows = ends["length"], ends["parent"].copy()
+        longest = int(lengths.max())
+        tokens = np.zeros((len(ends), longest + 1), dtype=np.int64)
+        log_probs = np.zeros(tokens.shape, dtype=np.float32)
         attention = None
         if self._attention:
-            width = self._attention[0].shape[1]
-            attention = np.zeros((len(ends), longest - 1, width), dtype=np.float32)
-        rows = ends["parent"].copy()
-        for length in range(longest - 1, 0, -1):
-            last = np.flatnonzero(ends["length"] == length)
-            inner = np.flatnonzero(ends["length"] > length)
-            nodes[last, length] = ends[["token", "parent", "log_prob"]][last]
-            nodes[inner, length] = self._nodes[length, rows[inner]]
-            rows[inner] = nodes["parent"][inner, length]
+            attention = np.zeros((len(ends), longest, self._attention[0].shape[1]), dtype=np.float32)
+        every = np.arange(len(ends))
+        tokens[every, lengths], log_probs[every, lengths] = ends["token"], ends["log_prob"]
+        for length in range(longest, 0, -1):
+            inner = np.flatnonzero(lengths > length)
+            tokens[inner, length] = self._tokens[length, rows[inner]]
+            log_probs[inner, length] = self._log_probs[length, rows[inner]]
+            rows[inner] = self._parents[length, rows[inner]]
             if attention is not None:
-                reached = np.concatenate([last, inner])
+                reached = np.flatnonzero(lengths >= length)
                 attention[reached, length - 1] = self._attention[length - 1][rows[reached]]
-        return nodes, attention
+        return Traces(tokens, log_probs, attention)
+
+
+@dataclass(frozen=True)
+class Traces:
+    """H hypotheses put together; what is behind the end of one means nothing.
+
+    Attributes:
+        tokens: `(H, L)` int64, of which the first stands for the start token.
+        log_probs: Of each token, `(H, L)` float32.
+        attention: `(H, L - 1, S)` of the steps that chose all tokens but the start token, if it was kept.
+    """
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    attention: np.ndarray | None
 
 
 def run_search(proposer: Proposer, search: Search, plan: Plan) -> tuple[np.ndarray, History]:
@@ -153,31 +171,33 @@ class RowSearch:
         self._plan = plan
         self._on_token = on_token
         sources = len(plan.targets.maximum)
-        self._sources = np.arange(sources)
         self.ends = np.zeros((sources, plan.rows), dtype=END)
-        self._open = np.ones(sources * plan.rows, dtype=bool)
+        # Of each row.
+        self._sources = np.arange(sources).repeat(plan.rows)
+        self._prompt_lengths = plan.targets.prompt_lengths.repeat(plan.rows)
+        self._maximum = plan.targets.maximum.repeat(plan.rows)
+        self._is_open = np.ones(sources * plan.rows, dtype=bool)
         self._sums = np.zeros(sources * plan.rows, dtype=np.float32)
 
     def advance(self, length: int, proposal: Proposal) -> Continuation:
         """As `Search.advance`."""
         tokens, log_probs = proposal.tokens[:, 0], proposal.log_probs[:, 0]
-        targets, rows = self._plan.targets, self._plan.rows
-        is_chosen = (targets.prompt_lengths <= length).repeat(rows)
+        is_chosen = self._prompt_lengths <= length
         is_end = (tokens[:, None] == self._plan.ends).any(axis=1) & is_chosen
         self._sums += log_probs
         if self._on_token is not None:
-            self._tell(tokens, self._open & is_chosen & ~is_end)
-        ending = np.flatnonzero(self._open & (is_end | (targets.maximum <= length + 1).repeat(rows)))
+            self._tell(tokens, self._is_open & is_chosen & ~is_end)
+        ending = np.flatnonzero(self._is_open & (is_end | (self._maximum <= length + 1)))
         if len(ending):
             ends = self.ends.reshape(-1)
-            numbers = length + 1 - targets.prompt_lengths[ending // rows]
+            numbers = length + 1 - self._prompt_lengths[ending]
             ends["score"][ending] = self._sums[ending] / numbers**self._plan.settings.length_penalty
             ends["length"][ending] = length
             ends["parent"][ending] = ending
             ends["token"][ending] = tokens[ending]
             ends["log_prob"][ending] = log_probs[ending]
-            self._open[ending] = False
-        over = np.logical_not(self._open.reshape(-1, rows).any(axis=1))
+            self._is_open[ending] = False
+        over = np.logical_not(self._is_open.reshape(-1, self._plan.rows).any(axis=1))
         return Continuation(np.arange(len(tokens)), tokens, log_probs, over)
 
     def _tell(self, tokens: np.ndarray, rows: np.ndarray) -> None:
@@ -188,8 +208,9 @@ class RowSearch:
     def select(self, sources: np.ndarray) -> None:
         """As `Search.select`."""
         rows = rows_of(sources, self._plan.rows)
-        self._open, self._sums = self._open[rows], self._sums[rows]
-        self._plan, self._sources, self.ends = self._plan.select(sources), self._sources[sources], self.ends[sources]
+        self._sources, self._is_open, self._sums = self._sources[rows], self._is_open[rows], self._sums[rows]
+        self._prompt_lengths, self._maximum = self._prompt_lengths[rows], self._maximum[rows]
+        self.ends = self.ends[sources]
 
 
 def rows_of(sources: np.ndarray, rows: int) -> np.ndarray:

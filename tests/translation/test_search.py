@@ -189,7 +189,7 @@ def test_nothing_of_a_batch_stays_when_it_is_decoded(monkeypatch: pytest.MonkeyP
     class Watched(search.History):
         def __init__(self, *size: int) -> None:
             super().__init__(*size)
-            alive.extend([weakref.ref(self), weakref.ref(self._nodes)])
+            alive.extend([weakref.ref(self), weakref.ref(self._tokens)])
 
         def append_attention(self, attention: np.ndarray) -> None:
             super().append_attention(attention)
