@@ -1,6 +1,7 @@
-"""Write a Sparseq model as one of the library's own architectures; the same as `sparseq export`.
+"""Write a Sparseq model for other programs; the same as `sparseq export`.
 
 python scripts/export.py models/bart exported --to bart
+python scripts/export.py outputs/sparse exported --to onnx
 python scripts/export.py --help
 """
 

@@ -85,8 +85,8 @@ examples:
                                      the mean of the weights of its last five checkpoints
   sparseq convert Helsinki-NLP/opus-mt-en-de models/en-de
                                      a Sparseq model of a checkpoint that others have trained
-  sparseq export models/en-de exported --to marian
-                                     and back
+  sparseq export models/en-de exported --to onnx
+                                     for ONNX Runtime; or --to ctranslate2, torch, or back, --to marian
   sparseq upcycle outputs/dense outputs/upcycled --experts 8 --kv-heads 2
                                      a mixture of experts with grouped queries, made of a dense model; train it further
   sparseq train-tokenizer train.en train.de --language de --output tokenizer

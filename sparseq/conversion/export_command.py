@@ -29,6 +29,8 @@ examples:
       for CTranslate2, with weights of 8 bits
   sparseq export outputs/sparse exported --to ctranslate2 --merge-experts mean
       likewise, each mixture of experts made one layer, which changes what the model computes
+  sparseq export outputs/sparse exported --to onnx --precision int8
+      encoder, prefill and decode step as graphs for ONNX Runtime, experts included
   sparseq export outputs/sparse exported --to torch
       encoder and decoder as programs of torch.export, experts included
   sparseq export outputs/dense exported --to marian --dry-run
@@ -80,6 +82,12 @@ def _torch(checkpoint: "Checkpoint", args: argparse.Namespace) -> "Export":
     return TorchExport.prepared(checkpoint, dtype=args.dtype)
 
 
+def _onnx(checkpoint: "Checkpoint", args: argparse.Namespace) -> "Export":
+    from sparseq.conversion.onnx_export import OnnxExport
+
+    return OnnxExport.prepared(checkpoint, precision=args.precision or "float32")
+
+
 _OF_LIBRARY = ("dtype", "max_shard_size")
 TARGETS: dict[str, Target] = {
     "bart": Target("BART of the library", _library, _OF_LIBRARY),
@@ -90,6 +98,7 @@ TARGETS: dict[str, Target] = {
     "ctranslate2": Target(
         "for ctranslate2.Translator; dense models", _ctranslate2, ("quantization", "merge_experts", "positions")
     ),
+    "onnx": Target("graphs for ONNX Runtime", _onnx, ("precision",)),
     "torch": Target("programs of torch.export", _torch, ("dtype",)),
 }
 """The targets by the names that `--to` takes: model types of the library, and runtimes."""
@@ -112,6 +121,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     # Whether it was given matters, since not every target takes it.
     parser.set_defaults(max_shard_size=None)
     add_dtype_argument(parser)
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "int8"),
+        help="what weights of linear layers, experts and embeddings are stored as (default: float32)",
+    )
     parser.add_argument(
         "--quantization",
         choices=_QUANTIZATIONS,

@@ -1,0 +1,124 @@
+"""`sparseq export --to onnx`: plain ONNX Runtime, with neither this package nor torch, writes what the model does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from transformers import AutoTokenizer
+
+from sparseq import SparseqForConditionalGeneration
+from sparseq.cli import main
+from tests.conversion.checkpoints import write_checkpoint
+from tests.conversion.exported import NEW_TOKENS, TEXTS, export, generated, run_readme, sources, tokenizer, write_model
+from tests.conversion.tokenizer_folders import SENTENCES
+
+MODELS: dict[str, dict[str, Any]] = {
+    "sparse, rotary, grouped queries": {"decoder_num_key_value_heads": 2, "num_shared_experts": 1},
+    "sparse, sinusoids, plain experts": {
+        "position_embedding_type": "sinusoidal",
+        "norm_position": "post",
+        "norm_type": "layernorm",
+        "gated_ffn": False,
+        "activation_function": "relu",
+    },
+    "dense, learned positions": {
+        "num_experts": 0,
+        "position_embedding_type": "learned",
+        "position_offset": 2,
+        "attention_bias": True,
+        "ffn_bias": True,
+    },
+}
+# Evaluated behind the program of README.md: what it wrote, and what it had to import for that.
+_IMPORTED = "[name for name in ('torch', 'transformers', 'sparseq') if name in __import__('sys').modules]"
+CALL = f"[translate({TEXTS!r}), {_IMPORTED}]"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_readme_runs_with_onnxruntime_alone(name: str, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", **MODELS[name])
+    export(tmp_path / "model", tmp_path / "exported", "--to", "onnx")
+    said, imported = run_readme(tmp_path / "exported", tmp_path, call=CALL)
+    assert said == tokenizer().batch_decode(generated(model), skip_special_tokens=True)
+    assert imported == []
+
+
+def test_translations_of_these_tests_end_early_and_late(tmp_path: Path) -> None:
+    """Without this the programs would be compared on sentences of one length only."""
+    lengths = {len(row) for fields in MODELS.values() for row in generated(write_model(tmp_path, **fields))}
+    assert len(lengths) > 2
+
+
+def logits(folder: Path) -> np.ndarray:
+    """Those of two target tokens: of the second `(B, V)`, from the folder's encoder, prefill and step."""
+    sessions = {name: onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("encoder", "prefill", "step")}
+
+    def run(name: str, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        names = [output.name for output in sessions[name].get_outputs()]
+        return dict(zip(names, sessions[name].run(names, inputs), strict=True))
+
+    ids = sources().numpy()
+    source = run("encoder", {"input_ids": ids, "attention_mask": (ids != 0).astype(np.int64)})
+    rows = len(ids)
+    first = run("prefill", {"tokens": np.ones((rows, 1), dtype=np.int64), **source})
+    past = {name.replace("present", "past"): value for name, value in first.items() if name != "logits"}
+    lengths = {"past_lengths": np.ones(rows, np.int32), "total_length": np.full(1, 2, np.int32)}
+    return run("step", {"tokens": np.full(rows, 5, dtype=np.int64), **lengths, **past, **source})["logits"]
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_experts": 0}], ids=["sparse", "dense"])
+def test_eight_bits(fields: dict[str, Any], tmp_path: Path) -> None:
+    write_model(tmp_path / "model", **{"d_model": 64, "encoder_ffn_dim": 256, "decoder_ffn_dim": 256, **fields})
+    for precision in ("float32", "int8"):
+        export(tmp_path / "model", tmp_path / precision, "--to", "onnx", "--precision", precision)
+    sizes = {precision: (tmp_path / precision / "weights.bin").stat().st_size for precision in ("float32", "int8")}
+    assert sizes["int8"] < 0.4 * sizes["float32"]
+    whole, rounded = logits(tmp_path / "float32"), logits(tmp_path / "int8")
+    # Rounded, and the same model all the same.
+    assert 0 < np.abs(rounded - whole).max() < 0.1 * np.ptp(whole)
+    assert json.loads((tmp_path / "int8" / "graphs.json").read_text("utf-8"))["precision"] == "int8"
+
+
+def test_a_converted_model_with_its_tokenizer(tmp_path: Path) -> None:
+    """One that has no tokenizer.json, and is forced to write the code of a language first."""
+    write_checkpoint("nllb", tmp_path / "source")
+    command = ["convert", str(tmp_path / "source"), str(tmp_path / "model"), "--target-language", "deu_Latn"]
+    assert main(command) == 0
+    model = SparseqForConditionalGeneration.from_pretrained(tmp_path / "model")
+    model.generation_config.update(max_length=None, max_new_tokens=NEW_TOKENS, forced_eos_token_id=None)
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "exported", "--to", "onnx")
+    own = AutoTokenizer.from_pretrained(tmp_path / "model")
+    batch = own(SENTENCES[:2], padding=True, return_tensors="pt")
+    rows = model.generate(**{key: batch[key] for key in ("input_ids", "attention_mask")})
+    said = run_readme(tmp_path / "exported", tmp_path, call=f"translate({SENTENCES[:2]!r})")
+    assert said == own.batch_decode(rows, skip_special_tokens=True)
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    (tmp_path / "model" / "LICENSE").write_text("MIT", encoding="utf-8")
+    export(tmp_path / "model", tmp_path / "exported", "--to", "onnx", "--precision", "int8")
+    names = {path.name for path in (tmp_path / "exported").iterdir()}
+    graphs = {f"{name}.onnx" for name in ("encoder", "prefill", "step", "step_attention", "likeliest")}
+    assert names >= graphs | {"weights.bin", "graphs.json", "generation_config.json", "LICENSE"}
+    assert names >= {"README.md", "tokenizer.json", "tokenizer_config.json", "conversion.json"}
+    # A folder of this machine is nobody else's business.
+    assert str(tmp_path) not in (tmp_path / "exported" / "graphs.json").read_text("utf-8")
+    # Another export takes its place.
+    export(tmp_path / "model", tmp_path / "exported", "--to", "onnx", "--force")
+    assert json.loads((tmp_path / "exported" / "graphs.json").read_text("utf-8"))["precision"] == "float32"
+
+
+def test_a_model_without_tokenizer_has_a_program_for_numbers(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", num_experts=0)
+    for path in tmp_path.glob("model/tokenizer*"):
+        path.unlink()
+    export(tmp_path / "model", tmp_path / "exported", "--to", "onnx")
+    ids = sources()
+    call = f"generate({ids.tolist()}, {ids.ne(0).long().tolist()})"
+    rows = run_readme(tmp_path / "exported", tmp_path, call=call)
+    assert rows == model.generate(ids, attention_mask=ids.ne(0).long())[:, 1:].tolist()
