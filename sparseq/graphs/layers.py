@@ -80,7 +80,7 @@ class Layers:
         inputs = [states, self.graph.weight(name, array_of(norm.get_parameter("weight")))]
         if self.config.norm_type == "layernorm":
             inputs.append(self.graph.weight(f"{name}.bias", array_of(norm.get_parameter("bias"))))
-        operator = "LayerNormalization" if self.config.norm_type == "layernorm" else "SimplifiedLayerNormalization"
+        operator = "LayerNormalization" if self.config.norm_type == "layernorm" else "RMSNormalization"
         return self.graph.node(operator, *inputs, axis=-1, epsilon=self.config.norm_eps)
 
     def enter(self, states: str, name: str, norm: nn.Module) -> str:

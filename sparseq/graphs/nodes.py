@@ -10,8 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 # Operators of ONNX Runtime that the ONNX standard lacks, or that run faster than the standard's.
 MICROSOFT = "com.microsoft"
-_OPSETS = {"": 21, MICROSOFT: 1}
-_IR_VERSION = 10
+_OPSETS = {"": 23, MICROSOFT: 1}
+_IR_VERSION = 11
 
 # Tensors of fewer bytes travel in the graph itself.
 _SMALL = 1024

@@ -1,6 +1,7 @@
 """The engine over ONNX Runtime against the PyTorch model, which computes each row's whole history anew."""
 
 import gc
+import platform
 import weakref
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from sparseq import SparseqForConditionalGeneration
 from sparseq.graphs.files import export_graphs
+from sparseq.translation import onnx_engine
 from sparseq.translation.onnx_engine import OnnxEngine
 from tests.tiny import VOCAB, source_batch, tiny_model
 
@@ -137,3 +139,30 @@ def test_what_is_longer_than_learned_positions_is_refused(tmp_path: Path) -> Non
 def test_a_folder_without_graphs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"graphs\.json"):
         OnnxEngine(tmp_path)
+
+
+def test_int8_without_vnni_gives_the_same(
+    model: SparseqForConditionalGeneration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_graphs(model, tmp_path / "graphs", precision="int8")
+    source = source_batch().numpy()
+    logits = []
+    for overflows in (False, True):
+        monkeypatch.setattr(onnx_engine, "_int8_overflows", lambda overflows=overflows: overflows)
+        engine = OnnxEngine(tmp_path / "graphs", threads=1)
+        state = engine.start(source, np.ones_like(source))
+        logits.append(engine.step(state, np.array([5, 6, 7])).logits)
+    # The products are the same whole numbers.
+    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "overflows"),
+    [("x86_64", "avx2 fma", True), ("x86_64", "avx2 avx512_vnni", False), ("AMD64", "avx_vnni", False)],
+)
+def test_which_processors_overflow_in_int8(
+    machine: str, flags: str, overflows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(Path, "read_text", lambda path, **options: f"flags : {flags}")
+    assert onnx_engine._int8_overflows() == overflows
