@@ -230,7 +230,7 @@ class OnnxEngine:
 
 
 def _int8_overflows() -> bool:
-    """Whether products of signed with unsigned 8 bits may exceed their 16 bits: on x86-64 without VNNI instructions."""
+    """Whether sums of products of 8 bits may exceed their 16 bits: on x86-64 without VNNI instructions."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     try:
