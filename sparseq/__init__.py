@@ -3,6 +3,7 @@
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForSeq2SeqLM, AutoModelForTextEncoding, AutoTokenizer
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_sparseq import SparseqConfig
 from .modeling_sparseq import (
@@ -22,6 +23,14 @@ AutoModel.register(SparseqConfig, SparseqModel, exist_ok=True)
 AutoModelForSeq2SeqLM.register(SparseqConfig, SparseqForConditionalGeneration, exist_ok=True)
 AutoModelForTextEncoding.register(SparseqConfig, SparseqEncoderModel, exist_ok=True)
 AutoTokenizer.register(SparseqConfig, fast_tokenizer_class=SparseqTokenizer, exist_ok=True)
+
+# As the library lists its own: by name, so that the class is imported when it is asked for. `register_pipeline` takes
+# only classes.
+PIPELINE_REGISTRY.supported_tasks["sparseq-translation"] = {
+    "impl": "sparseq.translation.pipeline.SparseqTranslationPipeline",
+    "pt": (AutoModelForSeq2SeqLM,),
+    "type": "text",
+}
 
 __all__ = [
     "SparseqCallback",
