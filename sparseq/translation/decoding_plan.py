@@ -150,6 +150,11 @@ class _Generation(GenerationMixin):
 _GENERATION: Any = _Generation()
 
 
+def token_list(tokens: int | list[int] | None) -> list[int]:
+    """A setting that is one token, several or none."""
+    return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)
+
+
 def make_plan(batch: Batch, settings: GenerationConfig, engine: Engine) -> Plan:
     """Complete settings as `generate()` does, and work out the lengths of each sentence.
 
@@ -157,6 +162,10 @@ def make_plan(batch: Batch, settings: GenerationConfig, engine: Engine) -> Plan:
         ValueError: A setting is not supported, or a sentence has no room for a token or would outgrow the engine.
     """
     check_settings(settings)
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        for token in token_list(getattr(settings, name)):
+            if not 0 <= token < engine.vocab_size:
+                raise ValueError(f"`{name}` is {token}, but the vocabulary has {engine.vocab_size} tokens.")
     # generate() counts a maximum of its own as new tokens, and one that was set as all tokens.
     has_maximum = settings.max_length is not None
     completed: Any = copy.deepcopy(settings)

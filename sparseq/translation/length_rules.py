@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .decoding_plan import Plan
+from .decoding_plan import Plan, token_list
 
 
 @dataclass(frozen=True)
@@ -31,39 +31,28 @@ class _Rule:
 
 
 class LengthRules:
-    """Applies minimum lengths, suppressed and single bad tokens, forced first and last tokens.
-
-    Raises:
-        ValueError: A forced token is outside the vocabulary.
-    """
+    """Applies minimum lengths, suppressed and single bad tokens, forced first and last tokens."""
 
     def __init__(self, plan: Plan, vocab_size: int) -> None:
         self._rows = plan.rows
         targets, settings = plan.targets, plan.settings
         zeros, everywhere = np.zeros_like(targets.maximum), targets.maximum
-        begin = begin_index(plan)
+        begin = _begin_index(plan)
 
         def rule(tokens: Iterable[int], first: np.ndarray, stop: np.ndarray) -> list[_Rule]:
             known = sorted({token for token in tokens if 0 <= token < vocab_size})
             return [_Rule(np.array(known, dtype=np.int64), first, stop)] if known else []
 
+        has_minimum = bool((targets.minimum > targets.prompt_lengths).any())
         self._forbidden = [
-            *rule([*(settings.suppress_tokens or ()), *single_bad_words(plan)], zeros, everywhere),
+            *rule([*(settings.suppress_tokens or ()), *_single_bad_words(plan)], zeros, everywhere),
             *rule(settings.begin_suppress_tokens or (), begin, begin + 1),
-            *(
-                rule(plan.ends.tolist(), zeros, targets.minimum)
-                if (targets.minimum > targets.prompt_lengths).any()
-                else ()
-            ),
+            *rule(plan.ends.tolist() if has_minimum else (), zeros, targets.minimum),
         ]
-        for name in ("forced_bos_token_id", "forced_eos_token_id"):
-            for token in _token_list(getattr(settings, name)):
-                if not 0 <= token < vocab_size:
-                    raise ValueError(f"`{name}` is {token}, but the vocabulary has {vocab_size} tokens.")
         # Where both hold, generate() forces the last.
         self._forced = [
-            *rule(_token_list(settings.forced_bos_token_id), zeros + 1, zeros + 2),
-            *rule(_token_list(settings.forced_eos_token_id), targets.maximum - 1, targets.maximum),
+            *rule(token_list(settings.forced_bos_token_id), zeros + 1, zeros + 2),
+            *rule(token_list(settings.forced_eos_token_id), targets.maximum - 1, targets.maximum),
         ]
 
     @property
@@ -115,14 +104,14 @@ def force(rows: np.ndarray, tokens: np.ndarray, ids: np.ndarray, scores: np.ndar
     return ids, scores
 
 
-def begin_index(plan: Plan) -> np.ndarray:
+def _begin_index(plan: Plan) -> np.ndarray:
     """The length at which `begin_suppress_tokens` holds for each source: behind a forced first token."""
     lengths = plan.targets.prompt_lengths
     is_forced = (lengths == 1) & (plan.settings.forced_bos_token_id is not None)
     return lengths + is_forced
 
 
-def single_bad_words(plan: Plan) -> list[int]:
+def _single_bad_words(plan: Plan) -> list[int]:
     """Bad words of one token; `generate()` lets the end of a sentence pass."""
     words = plan.settings.bad_words_ids or ()
     return [word[0] for word in words if len(word) == 1 and word[0] not in plan.ends]
@@ -132,7 +121,7 @@ def needs_history(plan: Plan) -> bool:
     """Whether a setting asks for more than rules on lengths can give: processors that look back, or their order."""
     settings: Any = plan.settings
     suppressed = {*(settings.suppress_tokens or ()), *(settings.begin_suppress_tokens or ())}
-    forced = {*_token_list(settings.forced_bos_token_id), *_token_list(settings.forced_eos_token_id)}
+    forced = {*token_list(settings.forced_bos_token_id), *token_list(settings.forced_eos_token_id)}
     return bool(
         settings.repetition_penalty != 1
         or settings.no_repeat_ngram_size
@@ -144,7 +133,3 @@ def needs_history(plan: Plan) -> bool:
         or settings.remove_invalid_values
         or suppressed & forced
     )
-
-
-def _token_list(tokens: int | list[int] | None) -> list[int]:
-    return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)

@@ -1,7 +1,8 @@
 """One decoder step of an engine, and what a search may choose from it."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +31,14 @@ class Proposal:
     attention: np.ndarray | None
 
 
-class Proposer(Protocol):
-    """Feeds an engine."""
+class Proposer(ABC):
+    """Feeds an engine, and proposes what may follow; prompts are proposed like any token that is forced."""
+
+    # How many candidates to ask the engine for; 0 for the logits of all tokens.
+    _candidates = 0
+
+    def __init__(self, engine: Engine, state: Any, plan: Plan, attention: bool) -> None:
+        self._engine, self._state, self._plan, self._attention = engine, state, plan, attention
 
     def step(self, length: int, tokens: np.ndarray, rows: np.ndarray | None) -> Proposal:
         """Append a token to each row, and propose what follows.
@@ -41,24 +48,6 @@ class Proposer(Protocol):
             tokens: `(R,)` int64.
             rows: For each row the one of the former step that it continues, `(R,)`; None for itself.
         """
-        ...
-
-    def select(self, sources: np.ndarray) -> None:
-        """Keep only these sources."""
-        ...
-
-
-class _Proposer:
-    """What all proposers share: the engine and its state, and prompts, which are proposed like any forced token."""
-
-    # How many candidates to ask the engine for; 0 for the logits of all tokens.
-    _candidates = 0
-
-    def __init__(self, engine: Engine, state: Any, plan: Plan, attention: bool) -> None:
-        self._engine, self._state, self._plan, self._attention = engine, state, plan, attention
-
-    def step(self, length: int, tokens: np.ndarray, rows: np.ndarray | None) -> Proposal:
-        """As `Proposer.step`."""
         output = self._engine.step(
             self._state, tokens, rows=rows, candidates=self._candidates, attention=self._attention
         )
@@ -69,19 +58,19 @@ class _Proposer:
             ids, log_probs = force(is_given, given[is_given, None], ids, log_probs)
         return Proposal(ids, log_probs, output.attention)
 
+    @abstractmethod
     def _propose(
         self, length: int, tokens: np.ndarray, rows: np.ndarray | None, output: StepOutput
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and log-probabilities, `(R, C)`."""
-        raise NotImplementedError
+        """Tokens and log-probabilities, `(R, C)`, from what a step gave, prompts aside."""
 
     def select(self, sources: np.ndarray) -> None:
-        """As `Proposer.select`."""
+        """Keep only these sources."""
         self._engine.select(self._state, sources)
         self._plan = self._plan.select(sources)
 
 
-class _Candidates(_Proposer):
+class _Candidates(Proposer):
     """The likeliest tokens, by their log-probabilities over the whole vocabulary."""
 
     def __init__(self, *shared: Any, rules: LengthRules, number: int) -> None:
@@ -124,7 +113,7 @@ class _SampledCandidates(_Candidates):
         self._draw.select(sources)
 
 
-class _LikeliestAllowed(_Proposer):
+class _LikeliestAllowed(Proposer):
     """The likeliest token where some are forbidden: log-probabilities need the logits of all that are left."""
 
     def __init__(self, *shared: Any, rules: LengthRules) -> None:
@@ -142,7 +131,7 @@ class _LikeliestAllowed(_Proposer):
         self._rules.select(sources)
 
 
-class _Processed(_Proposer):
+class _Processed(Proposer):
     """Whatever a search wants, from the logits of all tokens after `generate()`'s own processors."""
 
     def __init__(self, *shared: Any, input_ids: np.ndarray, number: int, draw: "_Draw | None") -> None:
