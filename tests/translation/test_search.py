@@ -14,6 +14,7 @@ from sparseq import SparseqForConditionalGeneration
 from sparseq.translation import decoding_plan, runtime_backend, search
 from sparseq.translation.backend import Hypothesis
 from tests.translation.decoding import (
+    ENDS,
     LENGTHS,
     VOCAB,
     assert_same,
@@ -78,6 +79,15 @@ def test_all_end_at_the_first_step_or_never(bias: float, changes: dict[str, Any]
     found = decode(TorchEngine(model), settings, IDS, MASK)
     assert_same(found, generate(model, settings, IDS, MASK))
     assert {len(hypotheses[0].token_ids) for hypotheses in found} == ({0} if bias > 0 else {12})
+
+
+def test_enough_hypotheses_go_on_where_several_ends_are_likelier_than_all_else() -> None:
+    model = ending_model()
+    model.final_logits_bias[0, list(ENDS)] = 5.0
+    settings = settings_of(model, **BEAMS, eos_token_id=list(ENDS), length_penalty=2.0, early_stopping="never")
+    found = decode(TorchEngine(model), settings, IDS, MASK)
+    assert_same(found, generate(model, settings, IDS, MASK))
+    assert max(len(one.token_ids) for hypotheses in found for one in hypotheses) > 2
 
 
 @pytest.mark.parametrize("beams", [1, 3])
