@@ -360,3 +360,18 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path, folder: Path) -> None:
     sparseq.SparseqEncoderModel(tiny_config()).save_pretrained(tmp_path / "encoder")
     with pytest.raises(ValueError, match="has no tokenizer that can be loaded"):
         Translator.from_pretrained(tmp_path / "encoder", runtime="torch")
+
+
+def test_the_programs_of_the_document_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = Path(__file__).parents[2] / "docs" / "translation.md"
+    programs = re.findall(r"```python\n(.*?)```", document.read_text("utf-8"), flags=re.DOTALL)
+    assert len(programs) == 2
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("outputs/tiny"))
+    Path("new.en").write_text("A dog.\nA man reads.\n")
+    capsys.readouterr()
+    for program in programs:
+        exec(program, {})
+    assert len(capsys.readouterr().out.splitlines()) == 7
