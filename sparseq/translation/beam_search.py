@@ -35,7 +35,6 @@ class BeamSearch:
         self.ends = np.zeros((sources, plan.beams), dtype=END)
         self.ends["score"] = _FAR
         self._has_ended = np.zeros((sources, plan.beams), dtype=bool)
-        self._may_improve = np.ones(sources, dtype=bool)
         self._number_sources()
 
     def _number_sources(self) -> None:
@@ -64,8 +63,7 @@ class BeamSearch:
         # Of tokens behind the prompt; none are scored while it is read.
         numbers = np.maximum(length + 1 - targets.prompt_lengths, 1)
         self._end(candidates[:, :beams], is_end[:, :beams], numbers)
-        self._update_hopes(numbers)
-        over = ~self._may_improve | is_end.all(axis=1)
+        over = ~self._may_improve(numbers) | is_end.all(axis=1)
         if self._stops_when_full:
             over |= self._has_ended.all(axis=1)
         return Continuation(chosen["parent"].ravel(), chosen["token"].ravel(), chosen["log_prob"].ravel(), over)
@@ -80,10 +78,6 @@ class BeamSearch:
 
     def _end(self, candidates: np.ndarray, is_end: np.ndarray, numbers: np.ndarray) -> None:
         """Keep those of the best candidates, `(B, beams)`, that have ended and are better than what ended before."""
-        is_closed = ~self._may_improve
-        if self._stops_when_full:
-            is_closed = is_closed | self._has_ended.all(axis=1)
-        is_end = is_end & ~is_closed[:, None]
         if not is_end.any():
             return
         new = candidates.copy()
@@ -93,8 +87,8 @@ class BeamSearch:
         self.ends = ends[self._by_source, best]
         self._has_ended = np.concatenate([self._has_ended, is_end], axis=1)[self._by_source, best]
 
-    def _update_hopes(self, numbers: np.ndarray) -> None:
-        """Whether a hypothesis that goes on may still become better than one that has ended.
+    def _may_improve(self, numbers: np.ndarray) -> np.ndarray:
+        """For each source whether a hypothesis that goes on may still become better than one that has ended, `(B,)`.
 
         Sums only fall, so what the best one has now, divided by a length that it may reach, is taken for all it can
         have: the length that it has, or with `early_stopping="never"` the one that is best for it.
@@ -103,7 +97,8 @@ class BeamSearch:
             numbers = self._plan.targets.maximum - self._plan.targets.prompt_lengths
         best = self._scores[:, :1] / self._norms(numbers)
         worst = np.where(self._has_ended, self.ends["score"].min(axis=1, keepdims=True), _FAR)
-        self._may_improve &= (best > worst).any(axis=1)
+        may_improve: np.ndarray = (best > worst).any(axis=1)
+        return may_improve
 
     def _norms(self, numbers: np.ndarray) -> np.ndarray:
         """What sums of the log-probabilities of so many tokens are divided by, `(B, 1)`."""
@@ -113,6 +108,5 @@ class BeamSearch:
     def select(self, sources: np.ndarray) -> None:
         """As `Search.select`."""
         self._plan = self._plan.select(sources)
-        self._scores, self.ends = self._scores[sources], self.ends[sources]
-        self._has_ended, self._may_improve = self._has_ended[sources], self._may_improve[sources]
+        self._scores, self.ends, self._has_ended = self._scores[sources], self.ends[sources], self._has_ended[sources]
         self._number_sources()
