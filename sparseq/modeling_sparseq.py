@@ -30,6 +30,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -40,11 +41,12 @@ from transformers.modeling_outputs import (
     Seq2SeqModelOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import ModelOutput, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .cache_sparseq import Positions, SparseqCache
 from .configuration_sparseq import SparseqConfig
 
 logger = logging.get_logger(__name__)
@@ -54,6 +56,13 @@ Routing = tuple[torch.Tensor, torch.Tensor] | None
 
 # generate() would otherwise stop at 20 tokens; long enough for a sentence or a summary.
 DEFAULT_MAX_LENGTH = 256
+
+# What generate() hands a forward that computes one more token.
+_STEP_INPUTS = ("past_key_values", "encoder_outputs", "attention_mask", "use_cache")
+
+# Beams that attend to each other's masked tokens; of more, each attends to its own, which are copied when beams change
+# places.
+_SHARING_BEAMS = 16
 
 # Rows whose logits exist at a time where no logits are asked for: enough for a product at full speed.
 _PROJECTED_ROWS = 256
@@ -65,7 +74,7 @@ _HUGE_ALLOCATION = 4 << 20
 _WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 # What every saved folder holds besides configuration and weights, so that it loads without this package.
-CODE_FILES = ("configuration_sparseq.py", "modeling_sparseq.py")
+CODE_FILES = ("cache_sparseq.py", "configuration_sparseq.py", "decoding_sparseq.py", "modeling_sparseq.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_sparseq.SparseqConfig",
     "AutoModel": "modeling_sparseq.SparseqModel",
@@ -133,6 +142,21 @@ class SparseqSeq2SeqLMOutput(Seq2SeqLMOutput):
     decoder_aux_loss: torch.Tensor | None = None
     encoder_z_loss: torch.Tensor | None = None
     decoder_z_loss: torch.Tensor | None = None
+
+
+@dataclass
+class SparseqStepOutput(ModelOutput):
+    """
+    Output of one decoding step of generate(). One with all the fields of `SparseqSeq2SeqLMOutput` would take a tenth
+    of the step's time.
+
+    Attributes:
+        logits: `(R, 1, V)`.
+        past_key_values: Keys and values up to this token.
+    """
+
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
 
 
 def shift_tokens_right(labels: torch.Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> torch.Tensor:
@@ -307,7 +331,8 @@ class SparseqAttention(nn.Module):
         Args:
             hidden_states: `(B, L, H)`.
             attention_mask: What `masking_utils` made for the attention implementation in use.
-            encoder_hidden_states: `(B, S, H)` makes this cross-attention.
+            encoder_hidden_states: `(B, S, H)` makes this cross-attention. There may be fewer sources than rows of
+                `hidden_states`, each for as many rows that follow one another.
             rotary: Cosines and sines for self-attention with rotary positions.
             past_key_values: Cache that new keys and values are added to.
 
@@ -315,6 +340,10 @@ class SparseqAttention(nn.Module):
             Output `(B, L, H)`, and weights `(B, A, L, L')` where the implementation has them.
         """
         is_cross_attention = encoder_hidden_states is not None
+        rows, length, _ = hidden_states.shape
+        if is_cross_attention and encoder_hidden_states.shape[0] != rows:
+            # Rows of one source are further queries of its keys.
+            hidden_states = hidden_states.reshape(encoder_hidden_states.shape[0], -1, hidden_states.shape[-1])
         query = self._split_heads(self.q_proj(hidden_states))
         is_cached = False
         cache: Any = None
@@ -349,7 +378,10 @@ class SparseqAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.out_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        output = self.out_proj(output.reshape(rows, length, -1))
+        if weights is not None and weights.shape[0] != rows:
+            weights = weights.unflatten(2, (-1, length)).transpose(1, 2).flatten(0, 1)
+        return output, weights
 
 
 class SparseqActivation(nn.Module):
@@ -419,6 +451,21 @@ class SparseqRouter(nn.Module):
         """Map logits `(..., E)` to scores of the same shape."""
         return logits.softmax(dim=-1) if self.scoring == "softmax" else logits.sigmoid()
 
+    def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and indices `(N, K)` of the best experts by logits `(N, E)`."""
+        bias = self.e_score_correction_bias
+        if self.norm_topk_prob and self.scoring == "softmax" and bias is None:
+            # Softmax over all, divided by its sum over some, is softmax over these.
+            best = logits.topk(self.top_k, dim=-1)
+            return best.values.softmax(dim=-1), best.indices
+        scores = self.scores(logits)
+        indices = (scores if bias is None else scores.detach() + bias).topk(self.top_k, dim=-1).indices
+        weights = scores.gather(-1, indices)
+        if self.norm_topk_prob:
+            # Sigmoids of strongly negative logits may all be zero.
+            weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        return weights, indices
+
     def forward(
         self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -435,13 +482,7 @@ class SparseqRouter(nn.Module):
             inputs = inputs * torch.empty_like(inputs).uniform_(1.0 - self.jitter_noise, 1.0 + self.jitter_noise)
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             logits = F.linear(inputs, self.weight.float())
-        scores = self.scores(logits)
-        choice = scores if self.e_score_correction_bias is None else scores.detach() + self.e_score_correction_bias
-        indices = choice.topk(self.top_k, dim=-1).indices
-        weights = scores.gather(-1, indices)
-        if self.norm_topk_prob:
-            # Sigmoids of strongly negative logits may all be zero.
-            weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+        weights, indices = self.choose(logits)
         if token_mask is not None:
             indices = indices.masked_fill(~token_mask[:, None], self.num_experts)
             weights = weights.masked_fill(~token_mask[:, None], 0.0)
@@ -1292,31 +1333,41 @@ class SparseqStack(SparseqPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed_tokens = value
 
-    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, name: str) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, name: str) -> torch.Tensor:
         """Scaled token embeddings `(B, L, H)`; given `inputs_embeds` are taken as they come, before the scale."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(f"Give exactly one of `{name}input_ids` and `{name}inputs_embeds`")
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         return embeds * self.embed_scale if self.embed_scale != 1.0 else embeds
 
-    def _check_length(self, length: int) -> None:
-        limit = self.config.max_position_embeddings
-        if isinstance(self.embed_positions, SparseqLearnedPositions) and length > limit:
+    def position_limit(self) -> int | None:
+        """How many positions there are, where there is a limit."""
+        is_learned = isinstance(self.embed_positions, SparseqLearnedPositions)
+        return self.config.max_position_embeddings if is_learned else None
+
+    def check_length(self, length: int) -> None:
+        limit = self.position_limit()
+        if limit is not None and length > limit:
             raise ValueError(
                 f"The input has {length} tokens, padding included, but `position_embedding_type='learned'` has "
                 f"`max_position_embeddings` = {limit} positions; truncate the input, or use a model with sinusoidal "
                 "or rotary positions, which have no limit"
             )
 
-    def _add_positions(
-        self, embeds: torch.Tensor, position_ids: torch.Tensor
+    def positions(self, position_ids: torch.Tensor, dtype: torch.dtype) -> Positions:
+        """What is added to embeddings, and the rotary cosines and sines, at positions `(B or 1, L)`."""
+        vectors = None if self.embed_positions is None else self.embed_positions(position_ids).to(dtype)
+        return vectors, None if self.rotary is None else self.rotary(position_ids, dtype)
+
+    def add_positions(
+        self, embeds: torch.Tensor, positions: Positions
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """Embeddings with positions, norm and dropout, and the rotary cosines and sines if they are in use."""
-        if self.embed_positions is not None:
-            embeds = embeds + self.embed_positions(position_ids).to(embeds.dtype)
+        vectors, rotary = positions
+        if vectors is not None:
+            embeds = embeds + vectors
         if self.layernorm_embedding is not None:
             embeds = self.layernorm_embedding(embeds)
-        rotary = None if self.rotary is None else self.rotary(position_ids, embeds.dtype)
         return F.dropout(embeds, p=self.config.dropout, training=self.training), rotary
 
     def _add_routings(
@@ -1370,15 +1421,15 @@ class SparseqEncoder(SparseqStack):
             ValueError: for neither or both of `input_ids` and `inputs_embeds`, or a source too long for learned
                 positions.
         """
-        embeds = self._embed(input_ids, inputs_embeds, "")
+        embeds = self.embed(input_ids, inputs_embeds, "")
         if attention_mask is None:
             attention_mask = self._padding_mask(input_ids)
-        self._check_length(embeds.shape[1])
+        self.check_length(embeds.shape[1])
         if attention_mask is not None and attention_mask.dim() == 2:
             token_mask, position_ids = attention_mask.bool(), positions_from_mask(attention_mask)
         else:
             token_mask, position_ids = None, torch.arange(embeds.shape[1], device=embeds.device)[None]
-        hidden_states, rotary = self._add_positions(embeds, position_ids)
+        hidden_states, rotary = self.add_positions(embeds, self.positions(position_ids, embeds.dtype))
         layer_mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask
         )
@@ -1440,19 +1491,24 @@ class SparseqDecoder(SparseqStack):
         Raises:
             ValueError: for neither or both of `input_ids` and `inputs_embeds`, or too many positions for learned ones.
         """
-        embeds = self._embed(input_ids, inputs_embeds, "decoder_")
+        embeds = self.embed(input_ids, inputs_embeds, "decoder_")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
             # A plain cache is for the target alone; the source's keys and values need one of their own.
             past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
         past_length: Any = 0 if past_key_values is None else past_key_values.get_seq_length()
-        length = embeds.shape[1]
+        rows, length = embeds.shape[:2]
+        if encoder_hidden_states is not None and rows % encoder_hidden_states.shape[0]:
+            raise ValueError(
+                f"The decoder has {rows} rows, but the source {encoder_hidden_states.shape[0]}: each source serves "
+                "equally many rows that follow one another, so give a multiple of its rows"
+            )
         if isinstance(past_length, int):
-            self._check_length(past_length + length)
+            self.check_length(past_length + length)
         else:
             # A static cache counts on the device, where a comparison would wait for it; its size must fit instead.
-            self._check_length(past_key_values.self_attention_cache.layers[0].get_max_length())
+            self.check_length(past_key_values.self_attention_cache.layers[0].get_max_length())
         has_padding_mask = attention_mask is not None and attention_mask.dim() == 2
         if has_padding_mask and token_mask is None:
             token_mask = attention_mask[:, -length:].bool()
@@ -1461,19 +1517,23 @@ class SparseqDecoder(SparseqStack):
                 position_ids = positions_from_mask(attention_mask)[:, -length:]
             else:
                 position_ids = (torch.arange(length, device=embeds.device) + past_length)[None]
-        hidden_states, rotary = self._add_positions(embeds, position_ids)
-        layer_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=None if past_key_values is None else past_key_values.self_attention_cache,
-        )
-        encoder_mask = create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=encoder_attention_mask,
-            encoder_hidden_states=encoder_hidden_states,
-        )
+        # With beams that share memory, the rows of a source make one row; their tokens are ordered by time first.
+        shared = past_key_values if isinstance(past_key_values, SparseqCache) and past_key_values.beams > 1 else None
+        if shared is not None:
+            embeds = embeds.view(-1, shared.beams, length, embeds.shape[-1]).transpose(1, 2).flatten(1, 2)
+            position_ids = position_ids.repeat_interleave(shared.beams, dim=1)
+        hidden_states, rotary = self.add_positions(embeds, self.positions(position_ids, embeds.dtype))
+        layer_mask: Any
+        if shared is not None:
+            layer_mask = shared.extend(rows // shared.beams, length, hidden_states)
+        else:
+            layer_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=None if past_key_values is None else past_key_values.self_attention_cache,
+            )
+        encoder_mask = self.source_mask(hidden_states, encoder_hidden_states, encoder_attention_mask)
         routings = []
         for layer in self.layers:
             hidden_states, routing = layer(
@@ -1490,9 +1550,30 @@ class SparseqDecoder(SparseqStack):
             routings.append(routing)
         if self.norm is not None:
             hidden_states = self.norm(hidden_states)
+        if shared is not None:
+            hidden_states = (
+                hidden_states.unflatten(1, (length, shared.beams)).transpose(1, 2).reshape(rows, length, -1)
+            )
         output = SparseqDecoderOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
         self._add_routings(output, routings, output_router_logits, output_router_indices)
         return output
+
+    def source_mask(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        encoder_attention_mask: torch.Tensor | None,
+    ) -> Any:
+        """The source's padding mask for the attention implementation in use."""
+        if encoder_hidden_states is not None and encoder_hidden_states.shape[0] != hidden_states.shape[0]:
+            # The queries that cross-attention will have.
+            hidden_states = hidden_states.reshape(encoder_hidden_states.shape[0], -1, hidden_states.shape[-1])
+        return create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=encoder_attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+        )
 
 
 class SparseqModel(SparseqPreTrainedModel):
@@ -1769,7 +1850,82 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         register_fsdp_forward_method(self, method)
         return True
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        output = super().generate(*args, **kwargs)  # type: ignore[misc]  # the mixin types self
+        cache = getattr(output, "past_key_values", None)
+        if isinstance(cache, SparseqCache):
+            # Who goes on with it may have trained the model meanwhile.
+            cache.step = None
+        return output
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        # The source stays as it is: the decoder's rows share it.
+        source: dict[str, Any] = {}
+        for name in ("encoder_outputs", "attention_mask"):
+            if name in model_kwargs:
+                source[name] = model_kwargs.pop(name)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]  # the mixin types self
+            expand_size, False, input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, **source}
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode: Any, *args: Any
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(  # type: ignore[misc]  # the mixin types self
+            generation_config, model_kwargs, generation_mode, *args
+        )
+        implementation = generation_config.cache_implementation
+        if given is not None or "past_key_values" not in model_kwargs or implementation not in (None, "dynamic"):
+            return
+        shows_more = any(
+            getattr(settings, f"output_{name}", False)
+            for settings in (generation_config, self.config)
+            for name in ("attentions", "hidden_states", "router_logits")
+        )
+        beams = 1 if shows_more else self._sharing_beams(generation_config, model_kwargs, generation_mode)
+        # Imported here, because it imports this file.
+        from .decoding_sparseq import DecoderStep
+
+        step = None if shows_more or not DecoderStep.serves(self.model.decoder) else DecoderStep(self.model.decoder)
+        cache = SparseqCache(beams, step=step)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    def _sharing_beams(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], generation_mode: Any
+    ) -> int:
+        """How many rows of each source share the memory of their keys and values; 1 means none."""
+        beams = int(generation_config.num_beams)
+        searches = generation_mode in (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+        has_masks = self.config._attn_implementation in ("sdpa", "eager")
+        own_positions = any(
+            model_kwargs.get(f"decoder_{name}") is not None for name in ("attention_mask", "position_ids")
+        )
+        shares = searches and has_masks and not own_positions and beams <= _SHARING_BEAMS
+        return beams if shares else 1
+
+    def _reorder_cache(self, past_key_values: Any, beam_idx: torch.Tensor) -> Any:
+        """For beam search: row i continues row `beam_idx[i]`. Rows stay with their source, which nothing moves."""
+        if isinstance(past_key_values, SparseqCache):
+            past_key_values.reorder_cache(beam_idx)
+        else:
+            past_key_values.self_attention_cache.reorder_cache(beam_idx)
+        return past_key_values
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, SparseqCache) and cache.takes_steps and kwargs.get("next_sequence_length") == 1:
+            inputs = {name: kwargs.pop(name) for name in _STEP_INPUTS if name in kwargs}
+            kwargs.pop("next_sequence_length")
+            if not kwargs:
+                return {"decoder_input_ids": args[0][:, -1:], **inputs}
+            kwargs.update(inputs, next_sequence_length=1)
         # A static cache turns the mask into one of four dimensions, from which positions cannot be counted.
         mask = kwargs.get("decoder_attention_mask")
         if mask is not None and mask.dim() == 2 and kwargs.get("decoder_position_ids") is None:
@@ -1795,7 +1951,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         output_router_indices: bool = False,
         **kwargs: Any,
-    ) -> SparseqSeq2SeqLMOutput:
+    ) -> SparseqSeq2SeqLMOutput | SparseqStepOutput:
         """
         Args:
             labels: `(B, T)`, not shifted, -100 where there is none. Decoder inputs are made from them when absent.
@@ -1809,11 +1965,19 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         The others are those of `SparseqModel.forward`.
 
         Returns:
-            `loss` is cross-entropy in evaluation, and with label smoothing and auxiliary losses in training.
+            `loss` is cross-entropy in evaluation, and with label smoothing and auxiliary losses in training. The steps
+            of `generate()` get a `SparseqStepOutput`.
 
         Raises:
             ValueError: for `skip_logits` without labels, or as encoder and decoder say.
         """
+        others = (decoder_attention_mask, decoder_inputs_embeds, decoder_position_ids, labels, output_router_logits)
+        asks_for_more = skip_logits or output_router_indices or use_cache is False or any(kwargs.values())
+        if encoder_outputs is not None and not asks_for_more and all(other is None for other in others):
+            step = self._step(past_key_values, decoder_input_ids)
+            if step is not None:
+                states = step(decoder_input_ids, past_key_values, encoder_outputs.last_hidden_state, attention_mask)
+                return SparseqStepOutput(logits=self._logits(states), past_key_values=past_key_values)
         if skip_logits and labels is None:
             raise ValueError("`skip_logits=True` computes logits at the labels' positions, so it needs `labels`")
         if labels is not None:
@@ -1877,6 +2041,16 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         if needs_losses:
             self._add_router_losses(result, outputs, labels, attention_mask, target_mask, num_items_in_batch)
         return result
+
+    def _step(self, cache: Any, decoder_input_ids: torch.Tensor | None) -> Callable[..., torch.Tensor] | None:
+        """The short way to compute one more token, where generate() has made one and it may be taken."""
+        if not isinstance(cache, SparseqCache) or not cache.takes_steps:
+            return None
+        if decoder_input_ids is None or decoder_input_ids.shape[1] != 1:
+            return None
+        if self.training or torch.is_grad_enabled() or is_tracing(decoder_input_ids):
+            return None
+        return cache.step
 
     @property
     def router_loss_coefs(self) -> tuple[float, float]:
@@ -1970,16 +2144,16 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
             )
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling a module is its class' forward and no more: nobody has put a hook or another forward to it."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" not in vars(module) and not any(getattr(module, name) for name in hooks)
+
+
 def _is_plain(linear: nn.Module) -> bool:
     """Whether calling it is a product with its weight and no more: no hooks, adapters, quantization or sharding."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return (
-        type(linear) is nn.Linear
-        and type(linear.weight) in (nn.Parameter, torch.Tensor)
-        and linear.bias is None
-        and "forward" not in vars(linear)
-        and not any(getattr(linear, name) for name in hooks)
-    )
+    has_weight = type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, torch.Tensor)
+    return has_weight and linear.bias is None and is_bare(linear)
 
 
 class _ProjectedCrossEntropy(torch.autograd.Function):

@@ -1,0 +1,260 @@
+# Copyright 2026 The Sparseq authors. Licensed under the Apache License, Version 2.0.
+"""
+One step of decoding, as `generate()` takes it: the same numbers as the decoder's `forward`, without what is the same
+at each step, and without calls of modules, each of which takes as long as a small product.
+
+Shapes: B sources, N beams of each side by side (or 1), R = B * N rows, S source length, L' tokens in a cache, H hidden
+size, K experts per token.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .cache_sparseq import Positions, SparseqCache
+from .modeling_sparseq import (
+    SparseqAttention,
+    SparseqDecoder,
+    SparseqDecoderLayer,
+    SparseqExperts,
+    SparseqMLP,
+    SparseqRouter,
+    SparseqSparseMLP,
+    apply_rotary,
+    is_bare,
+    within_float16,
+)
+
+
+class AttentionStep:
+    """An attention layer in one step of decoding, in which each query sees all keys but those that a mask hides."""
+
+    # Numbers of a weight up to which those of queries, keys and values are put together for one product. It saves the
+    # time of two calls, which beside a larger product is nothing, and takes memory.
+    _FUSED = 1 << 20
+
+    def __init__(self, attention: SparseqAttention, is_cross_attention: bool) -> None:
+        self.head_dim, self.scaling = attention.head_dim, attention.scaling
+        self.groups = attention.num_key_value_groups
+        self.out = (attention.out_proj.weight, attention.out_proj.bias)
+        inputs = [attention.q_proj] if is_cross_attention else [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.inputs: list[tuple[torch.Tensor, torch.Tensor | None]] = [(each.weight, each.bias) for each in inputs]
+        # In heads.
+        self.sizes = [linear.out_features // self.head_dim for linear in inputs]
+        if len(inputs) > 1 and attention.q_proj.weight.numel() <= self._FUSED:
+            biases = [bias for _, bias in self.inputs if bias is not None]
+            self.inputs = [(torch.cat([weight for weight, _ in self.inputs]), torch.cat(biases) if biases else None)]
+
+    def over_target(
+        self,
+        states: torch.Tensor,
+        cache: Any,
+        mask: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        """Add `(B, N, H)` to the cache and attend to all in it; `mask` is `(B, 1, N, L')`. Returns `(B, N, H)`."""
+        sources, rows, _ = states.shape
+        if len(self.inputs) == 1:
+            heads = F.linear(states, *self.inputs[0]).view(sources, rows, -1, self.head_dim).transpose(1, 2)
+            query, key, value = heads.split(self.sizes, dim=1)
+        else:
+            query, key, value = (
+                F.linear(states, *pair).view(sources, rows, -1, self.head_dim).transpose(1, 2) for pair in self.inputs
+            )
+        if rotary is not None:
+            query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        key, value = cache.update(key, value)
+        return self._attend(query, key, value, mask, states)
+
+    def over_source(self, states: torch.Tensor, cache: Any, mask: torch.Tensor | None) -> torch.Tensor:
+        """Attend to the source in the cache; `mask` is `(B, 1, 1, S)`. `(B, N, H)` to the same shape."""
+        key = cache.keys
+        query = F.linear(states, *self.inputs[0]).view(key.shape[0], -1, self.sizes[0], self.head_dim)
+        return self._attend(query.transpose(1, 2), key, cache.values, mask, states)
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        states: torch.Tensor,
+    ) -> torch.Tensor:
+        groups = self.groups
+        if groups > 1:
+            # Query heads of one group are further queries of their key-value head: nothing is copied for them.
+            query = query.unflatten(1, (-1, groups)).flatten(2, 3)
+            if mask is not None and mask.shape[2] > 1:
+                mask = mask.repeat(1, 1, groups, 1)
+        output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
+        if groups > 1:
+            output = output.unflatten(2, (groups, -1)).flatten(1, 2)
+        return F.linear(output.transpose(1, 2).reshape(states.shape), *self.out)
+
+
+class MLPStep:
+    """A dense feed-forward layer in one step of decoding."""
+
+    def __init__(self, mlp: SparseqMLP) -> None:
+        self.up, self.down = (mlp.up_proj.weight, mlp.up_proj.bias), (mlp.down_proj.weight, mlp.down_proj.bias)
+        self.gate = None if mlp.gate_proj is None else (mlp.gate_proj.weight, mlp.gate_proj.bias)
+        self.activation = mlp.act_fn.activation
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        inner = F.linear(states, *self.up)
+        inner = self.activation(inner) if self.gate is None else self.activation(F.linear(states, *self.gate)) * inner
+        return F.linear(inner, *self.down)
+
+
+class SparseMLPStep:
+    """A sparse feed-forward layer in one step of decoding."""
+
+    # Choices of an expert by a token up to which experts are applied one by one: sorting would take longer.
+    _FEW = 8
+
+    def __init__(self, mlp: SparseqSparseMLP) -> None:
+        self.mlp, self.router, self.experts = mlp, mlp.router, mlp.experts
+        self.router_weight = mlp.router.weight.float()
+        self.shared = None if mlp.shared_experts is None else MLPStep(mlp.shared_experts)
+        self.has_gate, self.activation = mlp.experts.has_gate, mlp.experts.act_fn.activation
+        # Weight and bias of the first and of the second projection of each expert that was chosen so far.
+        self.used: dict[int, tuple[Any, ...]] = {}
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        flat = states.view(-1, states.shape[-1])
+        is_autocast = torch.is_autocast_enabled(states.device.type)
+        if flat.shape[0] * self.router.top_k > self._FEW or states.device.type != "cpu" or is_autocast:
+            return self.mlp(states)[0]
+        weights, indices = self.router.choose(F.linear(flat.float(), self.router_weight))
+        outputs = [
+            torch.mm(weights[row : row + 1], self._of_experts(flat[row : row + 1], chosen).to(weights.dtype))
+            for row, chosen in enumerate(indices.tolist())
+        ]
+        mixed = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(states.dtype).view(states.shape)
+        return mixed if self.shared is None else mixed + self.shared(states)
+
+    def _of_experts(self, token: torch.Tensor, chosen: list[int]) -> torch.Tensor:
+        """What each chosen expert makes of a token `(1, H)`; `(K, H)`."""
+        outputs = []
+        for expert in chosen:
+            if expert not in self.used:
+                stacked = self.experts.stacked_parameters()
+                self.used[expert] = tuple(None if of_all is None else of_all[expert] for of_all in stacked)
+            weight_in, bias_in, weight_out, bias_out = self.used[expert]
+            inner = F.linear(token, weight_in, bias_in)
+            if self.has_gate:
+                gate, up = inner.chunk(2, dim=-1)
+                inner = self.activation(gate) * up
+            else:
+                inner = self.activation(inner)
+            outputs.append(F.linear(inner, weight_out, bias_out))
+        return torch.cat(outputs)
+
+
+class LayerStep:
+    """A decoder layer in one step of decoding."""
+
+    def __init__(self, layer: SparseqDecoderLayer) -> None:
+        self.pre_norm, self.index = layer.pre_norm, layer.self_attn.layer_idx
+        self.self_attn = AttentionStep(layer.self_attn, is_cross_attention=False)
+        self.encoder_attn = AttentionStep(layer.encoder_attn, is_cross_attention=True)
+        self.mlp = MLPStep(layer.mlp) if isinstance(layer.mlp, SparseqMLP) else SparseMLPStep(layer.mlp)
+        self.norms = (layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm)
+
+    def __call__(
+        self,
+        states: torch.Tensor,
+        cache: SparseqCache,
+        mask: torch.Tensor | None,
+        source_mask: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        target = cache.self_attention_cache.layers[self.index]
+        source = cache.cross_attention_cache.layers[self.index]
+        first, second, third = self.norms
+        if self.pre_norm:
+            states = states + self.self_attn.over_target(first(states), target, mask, rotary)
+            states = states + self.encoder_attn.over_source(second(states), source, source_mask)
+            return within_float16(states + self.mlp(third(states)))
+        states = first(states + self.self_attn.over_target(states, target, mask, rotary))
+        states = second(states + self.encoder_attn.over_source(states, source, source_mask))
+        return third(within_float16(states + self.mlp(states)))
+
+
+class DecoderStep:
+    """
+    The decoder for one more token of each row, in inference: the same as its `forward`, without what is the same at
+    each step, and without calls of modules, each of which takes as long as a small product. It is made for one call of
+    generate(), and holds some of the decoder's weights a second time.
+    """
+
+    def __init__(self, decoder: SparseqDecoder) -> None:
+        self.decoder = decoder
+        self.limit = decoder.position_limit()
+        self.layers = [LayerStep(cast(SparseqDecoderLayer, layer)) for layer in decoder.layers]
+
+    @staticmethod
+    def serves(decoder: SparseqDecoder) -> bool:
+        """Whether it does what the decoder does: with sdpa, plain linear layers, and no hooks in what it bypasses."""
+        if decoder.config._attn_implementation != "sdpa":
+            return False
+        for module in decoder.modules():
+            if isinstance(module, SparseqAttention | SparseqMLP):
+                # An adapter in the place of a linear layer has a weight too, which is not all of it.
+                linears = [child for name, child in module.named_children() if name.endswith("_proj")]
+                if not all(type(linear) is nn.Linear and is_bare(linear) for linear in linears):
+                    return False
+            elif isinstance(module, SparseqSparseMLP):
+                # Nor are wrapped ones all there is.
+                children: tuple[nn.Module, ...] = (module.experts, module.router)
+                if not all(isinstance(child, SparseqExperts | SparseqRouter) for child in children):
+                    return False
+            elif not isinstance(module, SparseqDecoder | SparseqDecoderLayer | SparseqRouter | SparseqExperts):
+                continue
+            if not is_bare(module):
+                return False
+        return True
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        cache: SparseqCache,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            input_ids: `(R, 1)`.
+            cache: Of what came before, that of the source included.
+            encoder_hidden_states: `(B, S, H)`.
+            encoder_attention_mask: `(B, S)`, 0 for padding.
+
+        Returns:
+            Hidden states `(R, 1, H)`.
+        """
+        decoder, limit = self.decoder, self.limit
+        past, beams = cache.get_seq_length(), cache.beams
+        if limit is not None:
+            decoder.check_length(past + 1)
+        # The beams of a source are so many tokens of one row.
+        embeds = decoder.embed(input_ids.view(-1, beams), None, "decoder_")
+
+        def make_positions(start: int, end: int) -> Positions:
+            end = end if limit is None else min(end, limit)
+            return decoder.positions(torch.arange(start, end, device=embeds.device)[None], embeds.dtype)
+
+        def make_mask() -> torch.Tensor | None:
+            # Of one query, for however many there are.
+            first = embeds[: encoder_hidden_states.shape[0], :1]
+            return decoder.source_mask(first, encoder_hidden_states, encoder_attention_mask)
+
+        states, rotary = decoder.add_positions(embeds, cache.positions(past, make_positions))
+        mask = None if beams == 1 else cache.extend(states.shape[0], 1, states)
+        source_mask = cache.source_mask(encoder_attention_mask, make_mask)
+        for layer in self.layers:
+            states = layer(states, cache, mask, source_mask, rotary)
+        if decoder.norm is not None:
+            states = decoder.norm(states)
+        return states.view(input_ids.shape[0], 1, -1)

@@ -1,0 +1,313 @@
+"""Steps of generate(): what they take as short cuts changes no number, and nothing in the cache is copied or moved."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from sparseq import SparseqForConditionalGeneration
+from sparseq.cache_sparseq import SparseqCache, TargetLayer
+from sparseq.decoding_sparseq import DecoderStep
+from tests.tiny import PAD, source_batch, tiny_model
+from tests.tolerances import assert_close
+
+DENSE = {"num_experts": 0}
+KINDS: dict[str, dict[str, Any]] = {
+    "sparse, gated, pre-norm, rotary": {},
+    "dense, post-norm, sinusoidal, layer norm, biases": {
+        **DENSE,
+        "norm_position": "post",
+        "norm_type": "layernorm",
+        "position_embedding_type": "sinusoidal",
+        "attention_bias": True,
+        "ffn_bias": True,
+        "gated_ffn": False,
+        "activation_function": "relu",
+    },
+    "multi-head, learned positions, embedding norm, logits bias": {
+        **DENSE,
+        "decoder_num_key_value_heads": 4,
+        "position_embedding_type": "learned",
+        "position_offset": 2,
+        "embedding_norm": True,
+        "final_logits_bias": True,
+    },
+    "sparse, plain, biases, sigmoid, loss-free, shared experts": {
+        "gated_ffn": False,
+        "expert_bias": True,
+        "router_scoring": "sigmoid",
+        "router_balancing": "loss_free",
+        "num_shared_experts": 1,
+        "decoder_num_key_value_heads": 2,
+        "position_embedding_type": "none",
+    },
+    "sparse, one expert a token, weights as they are, every other layer": {
+        "num_experts_per_tok": 1,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 2,
+    },
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "2 beams": {"num_beams": 2},
+    "5 beams, 3 returned": {"num_beams": 5, "num_return_sequences": 3},
+    "17 beams, which do not share": {"num_beams": 17},
+    "samples": {"do_sample": True, "num_return_sequences": 3},
+    "sampled beams": {"do_sample": True, "num_beams": 3},
+}
+
+
+def endless(**overrides: Any) -> SparseqForConditionalGeneration:
+    """A model that never stops early, and whose untied random weights do not repeat the last token for ever."""
+    model = tiny_model(tie_word_embeddings=False, **overrides)
+    model.generation_config.eos_token_id = None
+    for buffer in model.buffers():
+        torch.nn.init.normal_(buffer, std=0.3)
+    return model
+
+
+def generate(model: Any, ids: torch.Tensor, **settings: Any) -> Any:
+    torch.manual_seed(5)
+    return model.generate(ids, **{"max_new_tokens": 12, "do_sample": False, "top_k": 0, **settings})
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lengths of the target at which a step was taken the short way."""
+    taken: list[int] = []
+    original = DecoderStep.__call__
+
+    def counted(self: DecoderStep, input_ids: torch.Tensor, cache: SparseqCache, *args: Any) -> torch.Tensor:
+        taken.append(cache.get_seq_length())
+        return original(self, input_ids, cache, *args)
+
+    monkeypatch.setattr(DecoderStep, "__call__", counted)
+    return taken
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_of_decoding_gives_what_it_gives_without_a_cache(kind: str, way: str, steps: list[int]) -> None:
+    model, ids = endless(**KINDS[kind]), source_batch()
+    expected = generate(model, ids, use_cache=False, **WAYS[way])
+    assert not steps
+    assert torch.equal(generate(model, ids, **WAYS[way]), expected)
+    assert steps == list(range(1, 12)), "the short way was not taken"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_steps_are_those_of_one_forward(kind: str) -> None:
+    model, ids = endless(**KINDS[kind]), source_batch()
+    output = generate(model, ids, output_logits=True, return_dict_in_generate=True)
+    expected = model(input_ids=ids, decoder_input_ids=output.sequences[:, :-1]).logits
+    assert_close(torch.stack(output.logits, dim=1), expected, torch.float32)
+
+
+def test_a_prefix_is_continued_by_beams_that_share(steps: list[int]) -> None:
+    model, ids = endless(), source_batch()
+    prefix = torch.tensor([[1, 8, 9], [1, 5, 5], [1, 30, 4]])
+    expected = generate(model, ids, decoder_input_ids=prefix, num_beams=4, use_cache=False)
+    assert torch.equal(generate(model, ids, decoder_input_ids=prefix, num_beams=4), expected)
+    assert steps[0] == 3
+
+
+def test_beams_past_the_first_room_and_the_first_block_of_positions() -> None:
+    model, ids = endless(max_position_embeddings=256, position_embedding_type="sinusoidal"), source_batch((5, 3))
+    # So that memory of its own is used from the start, and grows.
+    TargetLayer._COPIED, copied = 0, TargetLayer._COPIED
+    try:
+        tokens = generate(model, ids, num_beams=3, max_new_tokens=140)
+    finally:
+        TargetLayer._COPIED = copied
+    assert torch.equal(generate(model, ids, num_beams=3, max_new_tokens=140), tokens)
+    assert torch.equal(generate(model, ids, num_beams=3, max_new_tokens=140, use_cache=False), tokens)
+
+
+def test_learned_positions_are_used_to_the_last() -> None:
+    model, ids = endless(position_embedding_type="learned", max_position_embeddings=20), source_batch()
+    expected = generate(model, ids, max_new_tokens=20, use_cache=False)
+    assert torch.equal(generate(model, ids, max_new_tokens=20), expected)
+    with pytest.raises(ValueError, match="21 tokens"):
+        generate(model, ids, max_new_tokens=21)
+
+
+def test_nothing_of_the_source_is_repeated_and_nothing_of_the_target_moves() -> None:
+    model, ids = endless(), source_batch()
+    cache = generate(model, ids, num_beams=4, return_dict_in_generate=True).past_key_values
+    heads, size = model.config.decoder_num_key_value_heads, 8
+    for source, target in zip(cache.cross_attention_cache.layers, cache.self_attention_cache.layers, strict=True):
+        assert source.keys.shape == source.values.shape == (3, heads, ids.shape[1], size)
+        assert target.keys.shape == target.values.shape == (3, heads, 12 * 4, size)
+    assert cache.get_seq_length() == 12
+
+
+@torch.no_grad()
+def test_memory_is_written_in_place_once_it_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TargetLayer, "_COPIED", 0)
+    layer, places, pairs = TargetLayer(), [], []
+    for _ in range(200):
+        key, value = torch.randn(2, 3, 1, 4), torch.randn(2, 3, 1, 4)
+        pairs.append((key, value))
+        keys, values = layer.update(key, value)
+        places.append(keys.data_ptr())
+    assert torch.equal(keys, torch.cat([key for key, _ in pairs], dim=2))
+    assert torch.equal(values, torch.cat([value for _, value in pairs], dim=2))
+    # Room for 64, 130 and 262 tokens.
+    assert len(dict.fromkeys(places)) == 3
+
+
+@torch.no_grad()
+def test_a_layer_goes_on_after_its_tokens_were_taken_or_its_rows_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TargetLayer, "_COPIED", 0)
+    layer, states = TargetLayer(), torch.randn(2, 2, 3, 6, 4)
+    layer.update(states[0], states[1])
+    layer.crop(-2)
+    layer.reorder_cache(torch.tensor([1, 1]))
+    more = torch.randn(2, 3, 1, 4)
+    keys, values = layer.update(more, -more)
+    assert torch.equal(keys, torch.cat([states[0][[1, 1], :, :4], more], dim=2))
+    assert torch.equal(values, torch.cat([states[1][[1, 1], :, :4], -more], dim=2))
+    layer.reset()
+    assert layer.get_seq_length() == 0
+    assert torch.equal(layer.update(more, more)[0], more)
+
+
+def test_gradients_flow_through_a_cache() -> None:
+    model, ids = endless(**DENSE), source_batch()
+    tokens = torch.tensor([[1, 7, 9, 4]] * 3)
+    TargetLayer._COPIED, copied = 0, TargetLayer._COPIED
+    try:
+        cache = SparseqCache()
+        halves = [
+            model(input_ids=ids, decoder_input_ids=part, past_key_values=cache, use_cache=True).logits
+            for part in tokens.split(2, dim=1)
+        ]
+    finally:
+        TargetLayer._COPIED = copied
+    torch.cat(halves, dim=1).square().mean().backward()
+    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model(input_ids=ids, decoder_input_ids=tokens).logits.square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert_close(grads[name], parameter.grad, torch.float32, name)
+
+
+def test_rows_of_one_source_need_it_once() -> None:
+    model, ids = endless(), source_batch()
+    targets = torch.randint(3, 60, (6, 5), generator=torch.Generator().manual_seed(3))
+    states = model.get_encoder()(ids)
+    mask = ids.ne(PAD).long()
+    shared = model(encoder_outputs=states, attention_mask=mask, decoder_input_ids=targets).logits
+    expected = model(input_ids=ids.repeat_interleave(2, dim=0), decoder_input_ids=targets).logits
+    assert_close(shared, expected, torch.float32)
+    with pytest.raises(ValueError, match="5 rows, but the source 3"):
+        model(encoder_outputs=states, attention_mask=mask, decoder_input_ids=targets[:5])
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_is_shown_for_each_row_of_a_shared_source(implementation: str) -> None:
+    model, ids = endless(), source_batch()
+    model.set_attn_implementation(implementation)
+    shown = generate(model, ids, num_beams=2, output_attentions=True, return_dict_in_generate=True)
+    assert torch.equal(shown.sequences, generate(model, ids, num_beams=2))
+    if implementation == "sdpa":
+        return
+    for step in shown.cross_attentions:
+        for weights in step:
+            assert weights.shape == (6, 4, 1, ids.shape[1])
+            assert_close(weights.sum(dim=-1), torch.ones(6, 4, 1), torch.float32)
+
+
+def test_what_looks_into_the_layers_sees_every_step(steps: list[int]) -> None:
+    model, ids = endless(), source_batch()
+    expected = generate(model, ids, num_beams=2)
+    steps.clear()
+    seen = []
+    handle = model.model.decoder.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(generate(model, ids, num_beams=2), expected)
+    handle.remove()
+    assert (len(seen), steps) == (12, [])
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["up_proj", "down_proj", "gate_proj"]])
+def test_adapters_are_not_passed_over(targets: list[str]) -> None:
+    model, ids = endless(**DENSE), source_batch()
+    before = generate(model, ids)
+    adapted = get_peft_model(model, LoraConfig(target_modules=targets, init_lora_weights=False))
+    adapted.eval()
+    tokens = generate(adapted, ids)
+    assert not torch.equal(tokens, before)
+    assert torch.equal(generate(adapted.merge_and_unload(), ids), tokens)
+
+
+def test_adapters_on_experts_are_not_passed_over() -> None:
+    model, ids = endless(), source_batch((9,))
+    before = generate(model, ids)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(target_modules=[], target_parameters=names, init_lora_weights=False, r=4)
+    adapted = get_peft_model(model, config)
+    adapted.eval()
+    tokens = generate(adapted, ids)
+    assert not torch.equal(tokens, before)
+    assert torch.equal(generate(adapted.merge_and_unload(), ids), tokens)
+
+
+def test_new_weights_are_seen_by_the_next_call_and_by_who_goes_on_with_a_cache() -> None:
+    model, ids = endless(), source_batch()
+    output = generate(model, ids, return_dict_in_generate=True)
+    cache, tokens = output.past_key_values, output.sequences
+    assert cache.step is None
+    assert copy.deepcopy(cache).get_seq_length() == 12
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+        logits = model(
+            input_ids=ids, decoder_input_ids=tokens[:, -1:], past_key_values=copy.deepcopy(cache), use_cache=True
+        ).logits
+        # Keys and values of before, everything else of now.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cache, "step", DecoderStep(model.model.decoder))
+            states = model.get_encoder()(ids)
+            stepped = model(
+                encoder_outputs=states,
+                attention_mask=ids.ne(PAD).long(),
+                decoder_input_ids=tokens[:, -1:],
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+    assert_close(stepped, logits, torch.float32)
+    assert torch.equal(generate(model, ids), generate(model, ids, use_cache=False))
+
+
+class Interrupting(StoppingCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_call_leaves_nothing_behind() -> None:
+    model, ids = endless(), source_batch()
+    expected = generate(model, ids)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, ids, stopping_criteria=StoppingCriteriaList([Interrupting()]))
+    assert torch.equal(generate(model, ids), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bfloat16_steps_stay_near_the_forward(kind: str) -> None:
+    model, ids = endless(**KINDS[kind]).to(torch.bfloat16), source_batch()
+    output = generate(model, ids, output_logits=True, return_dict_in_generate=True, max_new_tokens=4)
+    expected = model(input_ids=ids, decoder_input_ids=output.sequences[:, :-1]).logits
+    scale = expected.abs().max()
+    assert_close(torch.stack(output.logits, dim=1) / scale, expected / scale, torch.bfloat16)
+
+
+def test_autocast_steps_stay_near_the_forward() -> None:
+    model, ids = endless(), source_batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = generate(model, ids, output_logits=True, return_dict_in_generate=True, max_new_tokens=4)
+        expected = model(input_ids=ids, decoder_input_ids=output.sequences[:, :-1]).logits
+    scale = expected.abs().max()
+    assert_close(torch.stack(output.logits, dim=1) / scale, expected / scale, torch.bfloat16)
