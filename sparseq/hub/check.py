@@ -21,7 +21,7 @@ from sparseq.hub.eval_results import check_eval_results
 from sparseq.hub.facts import is_draft, is_ours
 from sparseq.hub.ids import is_hub_id
 from sparseq.loading import ADAPTER, INDEX, MODEL_CLASSES, WHOLE, check_weights, read_json, tensor_files
-from sparseq.modeling_sparseq import AUTO_MAP
+from sparseq.modeling_sparseq import AUTO_MAP, CODE_FILES
 
 Kind = Literal["model", "adapter"]
 
@@ -242,9 +242,7 @@ class _Reading:
 
     def _compare(self, path: Path) -> None:
         ours = Path(__file__).parents[1] / path.name
-        if path.name in {f"{reference.partition('.')[0]}.py" for reference in AUTO_MAP.values()} and (
-            path.read_bytes() != ours.read_bytes()
-        ):
+        if path.name in CODE_FILES and path.read_bytes() != ours.read_bytes():
             self.notes.append(
                 f"{path.name} is not the one of this sparseq: another version saved it, or it was edited"
             )

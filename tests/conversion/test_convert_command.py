@@ -15,6 +15,7 @@ from sparseq.cli import main
 from sparseq.conversion import equality, tokenizers
 from sparseq.hub.facts import facts_of_card
 from sparseq.loading import load_model
+from sparseq.modeling_sparseq import CODE_FILES
 from tests.absent import run_without_package
 from tests.conversion.checkpoints import write_checkpoint, write_marian
 from tests.conversion.tokenizer_folders import SENTENCES, write_json
@@ -46,7 +47,7 @@ def test_a_checkpoint_becomes_a_folder_that_is_complete(
     shards = set(output.glob("model-*-of-*.safetensors"))
     assert len(shards) > 1
     assert {path.name for path in set(output.iterdir()) - shards} == {
-        *("config.json", "generation_config.json", "configuration_sparseq.py", "modeling_sparseq.py"),
+        *("config.json", "generation_config.json", *CODE_FILES),
         *("source.spm", "target.spm", "vocab.json", "tokenizer_config.json", "LICENSE", "conversion.json"),
         "model.safetensors.index.json",
     }

@@ -15,6 +15,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 import sparseq
 from sparseq import SparseqConfig, SparseqEncoderModel, SparseqForConditionalGeneration, SparseqTokenizer
+from sparseq.modeling_sparseq import CODE_FILES
 from sparseq.training.tokenizer import train_tokenizer
 from tests.hub.client import observe
 from tests.hub.server import HubServer
@@ -26,8 +27,7 @@ FOLDER_FILES = {
     "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
-    "configuration_sparseq.py",
-    "modeling_sparseq.py",
+    *CODE_FILES,
     "README.md",
 }
 

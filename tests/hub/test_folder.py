@@ -15,6 +15,7 @@ import sparseq
 from sparseq import SparseqConfig, SparseqForConditionalGeneration, SparseqModel, SparseqTokenizer
 from sparseq.hub.card import CardFacts, DataFacts
 from sparseq.hub.folder import write_card, write_hub_folder
+from sparseq.modeling_sparseq import CODE_FILES
 from tests.hub.client import observe
 from tests.hub.conftest import FOLDER_FILES, TEXTS, parts
 
@@ -36,7 +37,7 @@ def test_files_and_configs(
     }
     assert config["architectures"] == ["SparseqForConditionalGeneration"]
     assert "auto_map" not in json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
-    for name in ("configuration_sparseq.py", "modeling_sparseq.py"):
+    for name in CODE_FILES:
         assert (folder / name).read_bytes() == Path(sparseq.__file__).with_name(name).read_bytes()
     assert str(tmp_path) not in "".join(path.read_text("utf-8") for path in folder.glob("*.json"))
     assert "active per token" in ModelCard.load(folder / "README.md").text

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from sparseq.cli import main
+from sparseq.modeling_sparseq import CODE_FILES
 from sparseq.training.average_command import write_average
 from sparseq.training.checkpoints import publish_checkpoint
 from tests.tiny import VOCAB, source_batch, tiny_model
@@ -117,7 +118,7 @@ def test_what_belongs_to_a_model_travels_and_nothing_else(checkpoints: list[Path
     write_average(checkpoints, tmp_path / "average")
     assert files(tmp_path / "average") == {
         *("config.json", "generation_config.json", "model.safetensors", "averaging.json"),
-        *("configuration_sparseq.py", "modeling_sparseq.py", "tokenizer.json", "tokenizer_config.json"),
+        *(*CODE_FILES, "tokenizer.json", "tokenizer_config.json"),
         *("source.spm", "vocab.json", "sentencepiece.bpe.model", "chat_template.jinja"),
     }
     assert (tmp_path / "average" / "source.spm").read_text() == "source.spm of the last"
@@ -129,7 +130,7 @@ def test_it_loads_where_the_package_is_missing(checkpoints: list[Path], tmp_path
     write_average(checkpoints, tmp_path / "average")
     config = json.loads((tmp_path / "average" / "config.json").read_text())
     assert config["auto_map"]["AutoModelForSeq2SeqLM"].startswith("modeling_sparseq.")
-    for name in ("configuration_sparseq.py", "modeling_sparseq.py"):
+    for name in CODE_FILES:
         assert (tmp_path / "average" / name).read_text() == (checkpoints[-1] / name).read_text()
 
 
