@@ -66,6 +66,22 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     _add_decoding_arguments(parser.add_argument_group("decoding"))
     _add_output_arguments(parser.add_argument_group("what is written"))
     _add_runtime_arguments(parser.add_argument_group("how it runs"))
+    _take_files_behind_options(parser)
+
+
+def _take_files_behind_options(parser: Any) -> None:
+    """Have `translate MODEL --beams 4 FILE` parsed, where argparse would have MODEL and files side by side."""
+    plain = parser.parse_known_args
+
+    def parse(*arguments: Any) -> Any:
+        # It calls the plain one itself.
+        parser.parse_known_args = plain
+        try:
+            return parser.parse_known_intermixed_args(*arguments)
+        finally:
+            parser.parse_known_args = parse
+
+    parser.parse_known_args = parse
 
 
 def _add_decoding_arguments(group: "argparse._ArgumentGroup") -> None:

@@ -103,6 +103,27 @@ def test_arguments_reach_the_translator(backend: EchoBackend, tmp_path: Path) ->
     assert (settings.num_beams, settings.num_return_sequences, settings.seed) == (1, 2, 5)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("order", ["m a b --beams 2", "m --beams 2 a b", "--beams 2 m a b", "m a --beams 2 b"])
+def test_files_may_stand_before_and_behind_options(
+    backend: EchoBackend,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    order: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a").write_text("ball 1\n")
+    Path("b").write_text("ball 2\n")
+    assert main(["translate", *order.split()]) == 0
+    assert capsys.readouterr().out == "ball 1\nball 2\n"
+    assert backend.settings[0].num_beams == 2
+    for mistake in (["translate"], ["translate", "m", "--beam", "2"]):
+        with pytest.raises(SystemExit) as error:
+            main(mistake)
+        assert error.value.code == 2
+    assert "the following arguments are required: MODEL" in capsys.readouterr().err
+
+
 def test_formats(backend: EchoBackend, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for options, expected in (
         (["--scores"], ["-1.0000\tA dog.", "0.0000\t"]),
