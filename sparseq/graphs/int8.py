@@ -24,20 +24,26 @@ class Int8Operators:
     def linear(
         self, graph: Graph, states: str, name: str, weight: np.ndarray, bias: np.ndarray | None, activation: str = ""
     ) -> str:
-        steps, scales = _quantize(weight)
-        inputs = [graph.weight(f"{name}.int8", steps.astype(np.int8).T), graph.weight(f"{name}.scales", scales[:, 0])]
+        def quantized() -> list[np.ndarray]:
+            steps, scales = _quantize(weight)
+            return [steps.astype(np.int8).T, scales[:, 0]]
+
+        inputs = list(graph.weights([f"{name}.int8", f"{name}.scales"], quantized))
         if bias is not None:
             inputs += ["", graph.weight(f"{name}.bias", bias)]
         outputs = graph.node("DynamicQuantizeMatMul", states, *inputs, domain=MICROSOFT)
         return write_activation(graph, activation, outputs) if activation else outputs
 
     def embed(self, graph: Graph, ids: str, name: str, table: np.ndarray, scale: float) -> str:
-        steps, scales = _quantize(table)
-        rows = graph.weight(f"{name}.rows", (steps + _ZERO).astype(np.uint8))
+        def quantized() -> list[np.ndarray]:
+            steps, scales = _quantize(table)
+            return [_unsigned(steps), scales * np.float32(scale)]
+
+        rows, scales = graph.weights([f"{name}.rows", f"{name}.rows.scales"], quantized)
         # One block is a whole row.
         block = max(1 << (table.shape[1] - 1).bit_length(), 16)
         return graph.node(
-            *("GatherBlockQuantized", rows, ids, graph.weight(f"{name}.rows.scales", scales * np.float32(scale))),
+            *("GatherBlockQuantized", rows, ids, scales),
             domain=MICROSOFT,
             bits=8,
             block_size=block,
@@ -55,18 +61,25 @@ class Int8Operators:
     def experts(self, graph: Graph, states: str, logits: str, experts: Experts, chosen: int, normalized: bool) -> str:
         sizes = (experts.first.shape[2], experts.second.shape[2])
         block = next((size for size in _BLOCKS if not any(width % size for width in sizes)), None)
-        inputs = []
-        for part in ("first", "second"):
-            weight, bias = getattr(experts, part), getattr(experts, f"{part}_bias")
-            name = f"{experts.name}.{part}"
-            steps, scales = _quantize(weight, block)
-            inputs.append(graph.weight(f"{name}.int8", (steps + _ZERO).astype(np.uint8)))
-            inputs.append(graph.weight(f"{name}.scales", scales if block else scales[..., 0]))
-            inputs.append("" if bias is None else graph.weight(f"{name}_bias", bias))
+        inputs = [
+            *_expert_inputs(graph, f"{experts.name}.first", experts.first, experts.first_bias, block),
+            *_expert_inputs(graph, f"{experts.name}.second", experts.second, experts.second_bias, block),
+        ]
         attributes = experts.attributes(chosen, normalized) | {"expert_weight_bits": 8}
         if block:
             attributes["block_size"] = block
         return graph.node("QMoE", states, logits, *inputs, domain=MICROSOFT, **attributes)
+
+
+def _expert_inputs(
+    graph: Graph, name: str, weight: np.ndarray, bias: np.ndarray | None, block: int | None
+) -> list[str]:
+    def quantized() -> list[np.ndarray]:
+        steps, scales = _quantize(weight, block)
+        return [_unsigned(steps), scales if block else scales[..., 0]]
+
+    weights = graph.weights([f"{name}.int8", f"{name}.scales"], quantized)
+    return [*weights, "" if bias is None else graph.weight(f"{name}.bias", bias)]
 
 
 def _quantize(weight: np.ndarray, block: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +89,13 @@ def _quantize(weight: np.ndarray, block: int | None = None) -> tuple[np.ndarray,
         Steps from -127 to 127, of the same shape, and the size of a step `(..., I / block)`.
     """
     blocks = weight.reshape(*weight.shape[:-1], -1, block or weight.shape[-1])
-    scales = np.abs(blocks).max(axis=-1, keepdims=True) / np.float32(_STEPS)
+    scales = np.maximum(blocks.max(axis=-1), -blocks.min(axis=-1)) / np.float32(_STEPS)
     # A block of zeros has no scale of its own.
     scales[scales == 0] = 1
-    return np.rint(blocks / scales).reshape(weight.shape), scales[..., 0]
+    steps = blocks / scales[..., None]
+    return np.rint(steps, out=steps).reshape(weight.shape), scales
+
+
+def _unsigned(steps: np.ndarray) -> np.ndarray:
+    steps += _ZERO
+    return steps.astype(np.uint8)

@@ -1,6 +1,6 @@
 """Writing one ONNX graph, node by node, with the large weights in a file that several graphs share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,13 +31,17 @@ class WeightFile:
         self._file: IO[bytes] = path.open("wb")
         self._stored: dict[str, TensorProto] = {}
 
-    def tensor(self, name: str, array: np.ndarray) -> TensorProto:
-        """The tensor of that name, written when it is first asked for."""
+    def store(self, name: str, array: np.ndarray) -> None:
+        """Write a tensor, unless there is one of that name."""
         if name not in self._stored:
             self._stored[name] = self._write(name, np.ascontiguousarray(array))
+
+    def tensor(self, name: str) -> TensorProto:
+        """What a graph says of a stored tensor."""
         return self._stored[name]
 
-    def __contains__(self, name: str) -> bool:
+    def has(self, name: str) -> bool:
+        """Whether a tensor of that name is stored."""
         return name in self._stored
 
     def close(self) -> None:
@@ -86,8 +90,16 @@ class Graph:
 
     def weight(self, name: str, array: np.ndarray) -> str:
         """A tensor that other graphs may share, under a name of its own."""
-        self._initializers.setdefault(name, self._weights.tensor(name, array))
-        return name
+        return self.weights([name], lambda: [array])[0]
+
+    def weights(self, names: Sequence[str], make: Callable[[], Sequence[np.ndarray]]) -> Sequence[str]:
+        """Tensors that other graphs may share, made if no graph has asked for them yet."""
+        if not all(map(self._weights.has, names)):
+            for name, array in zip(names, make(), strict=True):
+                self._weights.store(name, array)
+        for name in names:
+            self._initializers[name] = self._weights.tensor(name)
+        return names
 
     def constant(self, values: Any, dtype: Any = np.int64) -> str:
         """A small tensor that belongs to this graph."""
