@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sparseq.configuration_sparseq import SparseqConfig
@@ -126,7 +127,7 @@ class CTranslate2Export:
         config = self.config
         yield (
             f"{config.num_parameters():,} parameters, {config.encoder_layers} + {config.decoder_layers} layers, "
-            f"stored as {self.quantization or str(self.plan.dtype).removeprefix('torch.')}."
+            f"stored as {self.quantization or str(self._dtype()).removeprefix('torch.')}."
         )
         yield f"It has {self._size()}."
         yield from self.plan.notes
@@ -140,7 +141,7 @@ class CTranslate2Export:
 
     def write_weights(self, folder: Path) -> None:
         planned = {one.name: one for one in self.plan.planned}
-        spec = make_spec(self.config, planned, rows=self.rows, dtype=self.plan.dtype, quantization=self.quantization)
+        spec = make_spec(self.config, planned, rows=self.rows, dtype=self._dtype(), quantization=self.quantization)
         tokens = self._tokens()
         spec.register_source_vocabulary(tokens)
         spec.register_target_vocabulary(tokens)
@@ -150,6 +151,10 @@ class CTranslate2Export:
         spec.validate()
         spec.optimize(quantization=self.quantization)
         spec.save(str(folder))
+
+    def _dtype(self) -> torch.dtype:
+        """The type of weights that are not quantized, which cannot be float64."""
+        return torch.float32 if self.plan.dtype == torch.float64 else self.plan.dtype
 
     def _tokens(self) -> list[str]:
         """Each token by its number; what the model has an embedding for and the tokenizer no token gets a name."""

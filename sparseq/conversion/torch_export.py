@@ -52,8 +52,8 @@ def generate(input_ids, attention_mask):
   token after the other (T = 1): B, S, T and P are any sizes{limit}.
 
 {languages}Caches and logits are in {dtype}. For beams, repeat the rows, and reorder the self cache with
-`index_select(0, rows)`. The programs need nothing but torch. They are for the CPU;
-`torch.export.passes.move_to_device_pass(program, "cuda")` moves them. generation_config.json has the settings of
+`index_select(0, rows)`. The programs need nothing but torch. They were traced on the CPU;
+`torch.export.passes.move_to_device_pass` is torch's way to another device. generation_config.json has the settings of
 `generate()`, of which the program above takes special tokens and the longest length.
 """
 

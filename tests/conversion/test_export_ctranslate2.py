@@ -7,7 +7,6 @@ from typing import Any
 import ctranslate2
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from sparseq import SparseqForConditionalGeneration
 from sparseq.cli import main
@@ -15,8 +14,16 @@ from sparseq.conversion.export_command import TARGETS
 from sparseq.conversion.families import TARGETS as MODEL_TYPES
 from sparseq.conversion.merged_experts import MergedExperts
 from tests.conversion.changing import changed
-from tests.conversion.checkpoints import write_checkpoint
-from tests.conversion.exported import NEW_TOKENS, TEXTS, export, generated, run_readme, tokenizer, write_model
+from tests.conversion.exported import (
+    NEW_TOKENS,
+    TEXTS,
+    check_converted,
+    export,
+    generated,
+    run_readme,
+    tokenizer,
+    write_model,
+)
 from tests.conversion.tokenizer_folders import SENTENCES
 from tests.tolerances import assert_close
 
@@ -142,22 +149,15 @@ def test_the_readme_says_how_to_run_it(tmp_path: Path) -> None:
     assert record["command"] == f"sparseq export {tmp_path / 'model'} --to ctranslate2 --positions 50"
 
 
-@pytest.mark.parametrize("name", ["m2m100", "nllb", "mbart", "mbart50", "bart", "marian", "pegasus"])
-def test_a_converted_model_with_its_tokenizer(name: str, tmp_path: Path) -> None:
-    write_checkpoint(name, tmp_path / "source")
-    language = {"m2m100": "de", "nllb": "deu_Latn", "mbart": "de_DE", "mbart50": "de_DE"}.get(name)
-    options = ["--target-language", language] if language else []
-    assert main(["convert", str(tmp_path / "source"), str(tmp_path / "model"), *options]) == 0
-    model = SparseqForConditionalGeneration.from_pretrained(tmp_path / "model")
-    model.generation_config.update(max_length=None, max_new_tokens=NEW_TOKENS, forced_eos_token_id=None)
-    model.save_pretrained(tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "exported", "--to", "ctranslate2")
-
-    own = AutoTokenizer.from_pretrained(tmp_path / "model")
-    batch = own(SENTENCES[:2], padding=True, return_tensors="pt")
-    rows = model.generate(**{key: batch[key] for key in ("input_ids", "attention_mask")})
-    said = run_readme(tmp_path / "exported", tmp_path, call=f"translate({SENTENCES[:2]!r})")
-    assert said == own.batch_decode(rows, skip_special_tokens=True)
+@pytest.mark.parametrize(
+    ("name", "language"),
+    [
+        *(("m2m100", "de"), ("nllb", "deu_Latn"), ("mbart", "de_DE"), ("mbart50", "de_DE")),
+        *(("bart", None), ("marian", None), ("pegasus", None)),
+    ],
+)
+def test_a_converted_model_with_its_tokenizer(name: str, language: str | None, tmp_path: Path) -> None:
+    check_converted(name, language, "ctranslate2", tmp_path)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "float16"])
@@ -174,6 +174,18 @@ def test_weights_of_fewer_bits(quantization: str, tmp_path: Path) -> None:
     assert sizes["short"] < (0.36 if quantization == "int8" else 0.56) * sizes["whole"]
     # Rounded, and the same model all the same: of 300 tokens, chance has log-probability -5.7.
     assert abs(sizes["short mean"] - sizes["whole mean"]) < 0.05 * abs(sizes["whole mean"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_of_another_type(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", num_experts=0).to(dtype)
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "exported", "--to", "ctranslate2")
+    translator = ctranslate2.Translator(str(tmp_path / "exported"), intra_threads=1)
+    source, target = tokenizer()(TEXTS[0])["input_ids"], [5, 6, 7]
+    [result] = translator.score_batch(tokens_of([source]), tokens_of([target]))
+    # On a CPU both are computed in float32, bfloat16 with the weights that it has.
+    assert_close(torch.tensor(result.log_probs), log_probs(model.float(), source, target), torch.float32)
 
 
 @pytest.mark.parametrize("experts", ["mean", "0,2"])

@@ -7,13 +7,17 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from transformers import AutoTokenizer
 
-from sparseq import SparseqForConditionalGeneration
-from sparseq.cli import main
-from tests.conversion.checkpoints import write_checkpoint
-from tests.conversion.exported import NEW_TOKENS, TEXTS, export, generated, run_readme, sources, tokenizer, write_model
-from tests.conversion.tokenizer_folders import SENTENCES
+from tests.conversion.exported import (
+    TEXTS,
+    check_converted,
+    export,
+    generated,
+    run_readme,
+    sources,
+    tokenizer,
+    write_model,
+)
 
 MODELS: dict[str, dict[str, Any]] = {
     "sparse, rotary, grouped queries": {"decoder_num_key_value_heads": 2, "num_shared_experts": 1},
@@ -83,19 +87,8 @@ def test_eight_bits(fields: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_a_converted_model_with_its_tokenizer(tmp_path: Path) -> None:
-    """One that has no tokenizer.json, and is forced to write the code of a language first."""
-    write_checkpoint("nllb", tmp_path / "source")
-    command = ["convert", str(tmp_path / "source"), str(tmp_path / "model"), "--target-language", "deu_Latn"]
-    assert main(command) == 0
-    model = SparseqForConditionalGeneration.from_pretrained(tmp_path / "model")
-    model.generation_config.update(max_length=None, max_new_tokens=NEW_TOKENS, forced_eos_token_id=None)
-    model.save_pretrained(tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "exported", "--to", "onnx")
-    own = AutoTokenizer.from_pretrained(tmp_path / "model")
-    batch = own(SENTENCES[:2], padding=True, return_tensors="pt")
-    rows = model.generate(**{key: batch[key] for key in ("input_ids", "attention_mask")})
-    said = run_readme(tmp_path / "exported", tmp_path, call=f"translate({SENTENCES[:2]!r})")
-    assert said == own.batch_decode(rows, skip_special_tokens=True)
+    """One that is forced to write the code of a language first."""
+    check_converted("nllb", "deu_Latn", "onnx", tmp_path)
 
 
 def test_what_is_written(tmp_path: Path) -> None:

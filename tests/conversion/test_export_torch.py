@@ -5,15 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from sparseq import SparseqForConditionalGeneration
 from sparseq.cli import main
 from sparseq.conversion.torch_programs import cache_tensor
-from tests.absent import run_without_package
-from tests.conversion.checkpoints import write_checkpoint
-from tests.conversion.exported import NEW_TOKENS, TEXTS, export, generated, run_readme, tokenizer, write_model
-from tests.conversion.tokenizer_folders import SENTENCES
+from tests.conversion.exported import (
+    TEXTS,
+    check_converted,
+    export,
+    generated,
+    run_readme,
+    run_readme_here,
+    tokenizer,
+    write_model,
+)
 from tests.tolerances import assert_close
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -69,38 +73,22 @@ def test_programs_compute_and_write_what_the_model_does(name: str, tmp_path: Pat
         expected = model(input_ids=ids, attention_mask=mask, decoder_input_ids=target).logits
         assert_close(torch.cat(logits, dim=1), expected, torch.float32, name)
 
-    said = run_readme(tmp_path / "exported", tmp_path, call=f"translate({TEXTS!r})")
+    said = run_readme_here(tmp_path / "exported", call=f"translate({TEXTS!r})")
     assert said == tokenizer().batch_decode(generated(model), skip_special_tokens=True)
 
 
-def test_programs_load_with_nothing_but_torch(tmp_path: Path) -> None:
-    write_model(tmp_path / "model", num_experts=0, encoder_layers=1, decoder_layers=1)
+def test_the_readme_runs_with_nothing_but_torch_and_the_tokenizer(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", encoder_layers=1, decoder_layers=1).to(torch.bfloat16)
     export(tmp_path / "model", tmp_path / "exported", "--to", "torch", "--dtype", "bfloat16")
-    code = """
-import torch
-sys.modules["transformers"] = None
-encoder = torch.export.load(sys.argv[1] + "/encoder.pt2").module()
-ids = torch.tensor([[5, 6, 7]])
-cache = encoder(input_ids=ids, attention_mask=torch.ones_like(ids))
-print(*cache[0].shape, cache[0].dtype)
-"""
-    assert run_without_package(code, tmp_path / "exported", home=tmp_path) == "1 1 3 8 torch.bfloat16"
+    imported = "[name for name in ('transformers', 'sparseq') if name in __import__('sys').modules]"
+    said, names = run_readme(tmp_path / "exported", tmp_path, call=f"[translate({TEXTS!r}), {imported}]")
+    assert said == tokenizer().batch_decode(generated(model), skip_special_tokens=True)
+    assert names == []
 
 
 def test_a_converted_model_with_its_tokenizer(tmp_path: Path) -> None:
     """One that has no tokenizer.json, and is forced to write the code of a language first."""
-    write_checkpoint("mbart50", tmp_path / "source", encoder_layers=1, decoder_layers=1)
-    command = ["convert", str(tmp_path / "source"), str(tmp_path / "model"), "--target-language", "de_DE"]
-    assert main(command) == 0
-    model = SparseqForConditionalGeneration.from_pretrained(tmp_path / "model")
-    model.generation_config.update(max_length=None, max_new_tokens=NEW_TOKENS, forced_eos_token_id=None)
-    model.save_pretrained(tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "exported", "--to", "torch")
-    own = AutoTokenizer.from_pretrained(tmp_path / "model")
-    batch = own(SENTENCES[:2], padding=True, return_tensors="pt")
-    rows = model.generate(**{key: batch[key] for key in ("input_ids", "attention_mask")})
-    said = run_readme(tmp_path / "exported", tmp_path, call=f"translate({SENTENCES[:2]!r})")
-    assert said == own.batch_decode(rows, skip_special_tokens=True)
+    check_converted("mbart50", "de_DE", "torch", tmp_path)
 
 
 def test_options_of_others_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
