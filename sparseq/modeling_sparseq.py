@@ -48,6 +48,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_sparseq import Positions, SparseqCache
 from .configuration_sparseq import SparseqConfig
+from .quantization_sparseq import warn_of_floating_experts
 
 logger = logging.get_logger(__name__)
 
@@ -74,7 +75,10 @@ _HUGE_ALLOCATION = 4 << 20
 _WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 # What every saved folder holds besides configuration and weights, so that it loads without this package.
-CODE_FILES = ("cache_sparseq.py", "configuration_sparseq.py", "decoding_sparseq.py", "modeling_sparseq.py")
+CODE_FILES = (
+    *("cache_sparseq.py", "configuration_sparseq.py", "decoding_sparseq.py", "modeling_sparseq.py"),
+    "quantization_sparseq.py",
+)
 AUTO_MAP = {
     "AutoConfig": "configuration_sparseq.SparseqConfig",
     "AutoModel": "modeling_sparseq.SparseqModel",
@@ -1060,6 +1064,7 @@ class SparseqPreTrainedModel(PreTrainedModel):
             init.uniform_(weight, -bound, bound)
 
     def __init__(self, config: SparseqConfig, *inputs: Any, **kwargs: Any):
+        warn_of_floating_experts(config)
         # Fields that were set after the configuration was made, as `from_pretrained(..., num_experts=4)` does.
         config.validate_architecture()
         if (distributed_config := getattr(config, "distributed_config", None)) is not None:
@@ -1218,7 +1223,8 @@ class SparseqPreTrainedModel(PreTrainedModel):
         total = sum(parameter.numel() for parameter in self.parameters())
         idle = self.config.num_experts - self.config.num_experts_per_tok
         for module in self.modules():
-            if isinstance(module, SparseqExperts):
+            # Int8 experts are of another class.
+            if hasattr(module, "stacked_parameters"):
                 stacked = sum(parameter.numel() for parameter in module.parameters())
                 total -= stacked // self.config.num_experts * idle
         return total

@@ -18,8 +18,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils import logging
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+logger = logging.get_logger(__name__)
 
 INT8_METHOD = "sparseq_int8"
 """`quant_method` in the config.json of a model that was saved with int8 weights."""
@@ -229,6 +232,20 @@ class SparseqInt8Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def warn_of_floating_experts(config: Any) -> None:
+    """Warn where a sparse model of this `SparseqConfig` is to be quantized by others, who know `nn.Linear` only."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None or not config.num_experts:
+        return
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings.quant_method
+    if method != INT8_METHOD:
+        logger.warning_once(
+            f"`quantization_config` asks for {getattr(method, 'value', method)!r}, which may leave the weights of "
+            f"{config.num_experts} experts, most of the model, in floating point: see `model.get_memory_footprint()`. "
+            "`SparseqInt8Config()` reaches them."
+        )
 
 
 def use_int8_modules(model: PreTrainedModel) -> None:

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from sparseq import SparseqForConditionalGeneration, SparseqTokenizer
+from sparseq import SparseqForConditionalGeneration, SparseqInt8Config, SparseqTokenizer
 from sparseq.hub.folder import write_hub_folder
 from sparseq.modeling_sparseq import CODE_FILES
 from tests.hub.client import observe
@@ -40,7 +40,7 @@ def forms(
     tmp_path: Path,
 ) -> dict[str, tuple[Path, Outputs]]:
     """Folder of each form, and what its model computed before it was saved."""
-    places = {name: tmp_path / "forms" / name for name in ("one file", "shards", "adapter", "merged")}
+    places = {name: tmp_path / "forms" / name for name in ("one file", "shards", "adapter", "merged", "int8")}
     write_hub_folder(model, tokenizer, places["one file"])
     model.save_pretrained(places["shards"], **SMALL_SHARDS)
     assert len(list(places["shards"].glob("model-*.safetensors"))) > 2
@@ -51,7 +51,11 @@ def forms(
     merged = adapter.merge_and_unload()
     merged.save_pretrained(places["merged"])
     outputs["merged"] = observe(merged, inputs)
-    assert not torch.equal(outputs["adapter"]["logits"], outputs["one file"]["logits"])
+    int8 = AutoModelForSeq2SeqLM.from_pretrained(places["one file"], quantization_config=SparseqInt8Config())
+    int8.save_pretrained(places["int8"])
+    outputs["int8"] = observe(int8, inputs)
+    for name in ("adapter", "int8"):
+        assert not torch.equal(outputs[name]["logits"], outputs["one file"]["logits"])
     return {name: (place, outputs[name]) for name, place in places.items()}
 
 
@@ -116,11 +120,11 @@ def test_every_form_loads_both_ways(
     again.rename(tmp_path / "2nd copy, of another.name")
     again = tmp_path / "2nd copy, of another.name"
     moved = {name: again / name for name in folders}
-    for name in ("one file", "shards", "merged"):
+    for name in ("one file", "shards", "merged", "int8"):
         assert (moved[name] / "model.safetensors.index.json").is_file()
         assert {*CODE_FILES, "generation_config.json"} <= {path.name for path in moved[name].iterdir()}
     assert not (moved["adapter"] / "config.json").exists()
-    for name in ("shards", "adapter", "merged"):
+    for name in ("shards", "adapter", "merged", "int8"):
         shutil.rmtree(folders[name])
     words["folder"] = moved["one file"]
     *results, plain = client(*jobs(moved, trust=True), words, package=False)

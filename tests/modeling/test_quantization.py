@@ -1,6 +1,7 @@
 """Int8 weights: what they compute, which weights they are, and what cannot be done with them."""
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,9 @@ from transformers import (
     Seq2SeqTrainingArguments,
 )
 from transformers.distributed import DistributedConfig
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparseq import SparseqForConditionalGeneration, SparseqInt8Config, quantization_sparseq
 from sparseq.cli import main
@@ -297,6 +301,39 @@ def test_commands_that_change_weights_refuse_int8(sparse: Path, capsys: pytest.C
         assert main(command) == 2
         assert "is quantized" in capsys.readouterr().err
     assert not sparse.with_name("new").exists()
+
+
+class Other(HfQuantizer):
+    """A quantizer that reaches nothing."""
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("experts", [0, 4])
+def test_other_quantizers_are_warned_of_where_there_are_experts(
+    experts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(AUTO_QUANTIZER_MAPPING, "other", Other)
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]  # added by transformers
+    tiny_model(num_experts=experts).save_pretrained(tmp_path)
+    AutoModelForSeq2SeqLM.from_pretrained(tmp_path, quantization_config=QuantizationConfigMixin("other"))
+    assert ("'other', which may leave the weights of 4 experts" in caplog.text) == bool(experts)
+    caplog.clear()
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]  # added by transformers
+    load_int8(tmp_path)
+    assert "may leave" not in caplog.text
+
+
+def test_active_parameters_are_counted_as_those_of_the_model_in_floating_point(sparse: Path) -> None:
+    plain, model = SparseqForConditionalGeneration.from_pretrained(sparse), load_int8(sparse)
+    idle = plain.num_parameters() - plain.num_active_parameters()
+    scales = sum(p.numel() for name, p in model.named_parameters() if re.search(r"experts\..*_scale$", name))
+    assert model.num_parameters() - model.num_active_parameters() == idle + scales // 2
 
 
 def test_weights_that_others_quantized_are_refused_by_name(sparse: Path) -> None:
