@@ -141,6 +141,22 @@ def check_numbers(values: Mapping[str, Any]) -> None:
         raise ValueError(f"`bad_words_ids` must be a list of lists of tokens, but is {words!r}.")
 
 
+def idle_settings(settings: GenerationConfig) -> list[str]:
+    """The names of settings that do nothing beside the others, such as `early_stopping` with one beam.
+
+    Raises:
+        ValueError: A setting has a value that it cannot have.
+    """
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        idle = re.findall(r"^- `(\w+)`:", str(error), re.MULTILINE)
+        if not idle:
+            raise
+        return idle
+    return []
+
+
 def needed_files(names: Collection[str]) -> list[str]:
     """Which files of a repository a conversion needs: not the weights of other frameworks, nor those in other forms.
 
@@ -177,21 +193,15 @@ def _drop_unknown_words(settings: GenerationConfig, vocab_size: int) -> list[str
 
 def _drop_idle(settings: GenerationConfig) -> list[str]:
     """Take away settings that do nothing beside the others, with which the library saves none at all."""
-    try:
-        settings.validate(strict=True)
-    except ValueError as error:
-        idle = re.findall(r"^- `(\w+)`:", str(error), re.MULTILINE)
-        if not idle:
-            raise
-        notes = [
-            f"`{name}` ({getattr(settings, name)!r}) is not carried over: beside the other generation settings it "
-            "does nothing, and the library does not save what does nothing."
-            for name in idle
-        ]
-        for name in idle:
-            setattr(settings, name, None)
-        return notes
-    return []
+    idle = idle_settings(settings)
+    notes = [
+        f"`{name}` ({getattr(settings, name)!r}) is not carried over: beside the other generation settings it "
+        "does nothing, and the library does not save what does nothing."
+        for name in idle
+    ]
+    for name in idle:
+        setattr(settings, name, None)
+    return notes
 
 
 def _download(name: str, revision: str | None, accept: Callable[[Path], None]) -> Path:

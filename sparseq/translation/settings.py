@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from sparseq.conversion.sources import check_numbers
+from sparseq.conversion.sources import check_numbers, idle_settings
 from sparseq.data.lines import near_name
 from sparseq.modeling_sparseq import DEFAULT_MAX_LENGTH
 
@@ -73,6 +73,9 @@ def merge_settings(own: GenerationConfig, changes: Mapping[str, Any]) -> Generat
             if changes.get(given) is not None:
                 setattr(settings, replaced, None)
     settings.update(**changes)
+    # What the model has for another way of searching is passed over; generate() would warn of it. Scores have lengths.
+    for name in set(idle_settings(settings)) - changes.keys() - {"length_penalty"}:
+        setattr(settings, name, None)
     merged: GenerationConfig = settings
     return merged
 

@@ -1,6 +1,7 @@
 """Decoding with generate(): the same tokens, scores without its memory, prefixes, streams, seeds."""
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -203,7 +204,10 @@ def test_an_accelerator_gets_a_static_cache(model: Any, monkeypatch: pytest.Monk
     ]
 
 
-def test_the_model_is_left_as_it_was(model: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_model_is_left_as_it_was(
+    model: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     own = model.generation_config
     assert own.max_length is not None
     model.train()

@@ -1,6 +1,7 @@
 """`Translator`: equal to generate(), in order, with languages, prefixes, streams, long texts and flat memory."""
 
 import itertools
+import logging
 import re
 import tracemalloc
 from collections.abc import Iterator
@@ -290,6 +291,19 @@ def test_the_models_own_settings_hold_unless_changed() -> None:
     assert (backend.settings[-1].max_length, backend.settings[-1].max_new_tokens) == (None, 7)
     translator.translate("A dog.")
     assert (backend.settings[-1].max_length, backend.settings[-1].length_penalty) == (50, 0.7)
+
+
+def test_settings_of_another_search_are_passed_over_without_a_warning(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    for runtime in ("onnx", "torch"):
+        translator = Translator.from_pretrained(folder, runtime=runtime, device="cpu")  # type: ignore[arg-type]
+        translator.generation_config.update(num_beams=4, early_stopping=True, length_penalty=0.5)
+        caplog.clear()
+        one = translator.translate("A dog.", num_beams=1)
+        assert not [record for record in caplog.records if "early_stopping" in record.getMessage()]
+        assert one.score < translator.translate("A dog.", num_beams=1, length_penalty=1.0).score
 
 
 def sources_of(backend: EchoBackend) -> list[int]:
