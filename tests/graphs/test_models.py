@@ -111,6 +111,18 @@ def test_graphs_compute_what_the_model_computes(seed: int, tmp_path: Path) -> No
     assert_equal_to_model(drawn_model(seed), tmp_path / "graphs")
 
 
+@pytest.mark.parametrize("kind", ["sinusoidal", "rotary"])
+def test_positions_far_on_are_exact(kind: str, tmp_path: Path) -> None:
+    model = tiny_model(num_experts=0, position_embedding_type=kind)
+    generator = torch.Generator().manual_seed(0)
+    source, target = (torch.randint(3, VOCAB, (2, length), generator=generator) for length in (500, 1203))
+    mask = torch.ones_like(source)
+    export_graphs(model, tmp_path / "graphs")
+    logits, _ = ExportedModel(tmp_path / "graphs").decode(source.numpy(), mask.numpy(), target.numpy(), 1200)
+    expected, _ = reference(model, source, mask, target)
+    np.testing.assert_allclose(logits, expected[:, 1199:], rtol=1e-4, atol=1e-4)
+
+
 def test_heads_of_an_odd_width(tmp_path: Path) -> None:
     model = tiny_model(d_model=20, num_experts=0, position_embedding_type="none")
     assert_equal_to_model(model, tmp_path / "graphs")
