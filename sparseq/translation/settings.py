@@ -34,16 +34,21 @@ def check_setting_names(names: Iterable[str]) -> None:
 
 
 def with_maximum(own: GenerationConfig, positions: int | None) -> GenerationConfig:
-    """A model's settings with a maximum length, where they have none.
+    """A model's settings with a maximum length: `DEFAULT_MAX_LENGTH` where they have none, and what the model has
+    positions for where they have more.
 
     Args:
-        own: The model's.
+        own: The model's; they are left alone.
         positions: Target positions that the model has; None where there is no limit.
     """
-    if own.max_length is not None or own.max_new_tokens is not None:
-        return own
     settings = copy.deepcopy(own)
-    settings.max_length = min(DEFAULT_MAX_LENGTH, positions or DEFAULT_MAX_LENGTH)
+    if own.max_length is None and own.max_new_tokens is None:
+        settings.max_length = DEFAULT_MAX_LENGTH
+    if positions is not None:
+        # The start token takes a position and the last token none.
+        for name, most in (("max_length", positions + 1), ("max_new_tokens", positions)):
+            if getattr(settings, name) is not None:
+                setattr(settings, name, min(getattr(settings, name), most))
     return settings
 
 

@@ -140,7 +140,7 @@ class Translator:
                 in `.sparseq` beside it; "torch" for `generate()`; "auto" for the first where it can be had, and
                 otherwise the second with a warning in the log.
             device: Where it is to run; None for an accelerator if there is one, else the CPU.
-            threads: Threads of one operator; None leaves it to the runtime.
+            threads: Threads of one operator; None leaves it to the runtime. To PyTorch they are those of the process.
             cache_dir: Where graphs are kept, in place of beside the model. Where the model's folder cannot be written
                 it is the user's cache (`$XDG_CACHE_HOME/sparseq`).
             revision: Branch, tag or commit of a repository of the Hub.

@@ -3,6 +3,8 @@
 import importlib.util
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from sparseq.translation import runtimes
 from sparseq.translation.runtimes import Choice, open_backend, prepare_graphs
 from sparseq.translation.translator import Translator
 from tests.conversion.checkpoints import write_checkpoint
+from tests.hub.server import HubServer
 from tests.translation.models import SOURCES, write_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The texts hold only enough")
@@ -206,3 +209,31 @@ def test_int8_of_other_models_is_refused(tmp_path: Path) -> None:
     marian = write_checkpoint("marian", tmp_path / "marian")
     with pytest.raises(ValueError, match="type 'marian', which has no `precision=\"int8\"` here"):
         Translator.from_pretrained(marian, precision="int8", runtime="torch")
+
+
+def test_a_repository_of_the_hub(model: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    script = (
+        "import sys, sparseq\n"
+        "translator = sparseq.Translator.from_pretrained('owner/tiny', device='cpu', revision=sys.argv[1])\n"
+        "print(repr(translator), translator.translate('A dog.').text, sep='|')"
+    )
+    files_of_model = {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()}
+    with HubServer(tmp_path / "storage") as hub:
+        hub.create("owner/tiny")
+        # Graphs that somebody has put there are not taken.
+        commit = hub.put("owner/tiny", files_of_model | {f"{GRAPH_FOLDER}/onnx-float32-0/graphs.json": b"{}"})
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script, commit],
+            cwd=home,
+            env={**hub.environment(home / "hf", token=None), "PYTHONPATH": str(Path(__file__).parents[2])},
+            capture_output=True,
+            text=True,
+        )
+        asked = [path for _, path in hub.requests]
+    assert result.returncode == 0, result.stderr
+    name, text = result.stdout.strip().split("|")
+    assert name == "Translator('owner/tiny', runtime='ONNX Runtime')"
+    assert text == Translator.from_pretrained(model, device="cpu").translate("A dog.").text
+    assert not [path for path in asked if "graphs.json" in path]

@@ -184,6 +184,12 @@ def test_learned_positions_are_split_before_the_model_refuses_them(tmp_path: Pat
         translator.translate("A dog.", max_new_tokens=21)
     (one,) = translator.translate("A dog.", max_new_tokens=20, min_new_tokens=20).hypotheses
     assert len(one.tokens) == 20
+    settings = GenerationConfig.from_pretrained(folder)
+    settings.max_length = 90
+    settings.save_pretrained(folder)
+    translator = Translator.from_pretrained(folder, runtime="torch", device="cpu")
+    (one,) = translator.translate("A dog.", min_new_tokens=20).hypotheses
+    assert len(one.tokens) == 20
 
 
 def test_a_prefix_begins_every_translation(translator: Translator, folder: Path) -> None:
