@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache, EncoderDecoderCache
 
 from sparseq.configuration_sparseq import SparseqConfig
-from sparseq.modeling_sparseq import SparseqEncoderOutput, SparseqForConditionalGeneration
+from sparseq.modeling_sparseq import SparseqForConditionalGeneration
 
 # Tracing takes 0 and 1 for constants; from 2 on any sizes would do, if they differ, so that none stands for another.
 _BATCH, _SOURCE, _TARGET, _PAST = 2, 7, 3, 5
@@ -49,7 +49,10 @@ class DecoderProgram(nn.Module):
 
     def __init__(self, model: SparseqForConditionalGeneration):
         super().__init__()
-        self.model = model
+        # Not the whole model: a program stores all weights of its module.
+        self.decoder = model.model.decoder
+        self.lm_head = model.lm_head
+        self.final_logits_bias = model.final_logits_bias
 
     def forward(
         self,
@@ -68,16 +71,19 @@ class DecoderProgram(nn.Module):
         Returns:
             Logits `(B, T, V)`, and the cache for the next call, with T more positions.
         """
-        output = self.model(
-            decoder_input_ids=decoder_input_ids,
-            attention_mask=attention_mask,
+        output = self.decoder(
+            input_ids=decoder_input_ids,
             # Only its sizes are read, since the cache has all that is made of it.
-            encoder_outputs=SparseqEncoderOutput(last_hidden_state=cross_cache[0][:, 0]),
+            encoder_hidden_states=cross_cache[0][:, 0],
+            encoder_attention_mask=attention_mask,
             past_key_values=EncoderDecoderCache(_cache(self_cache), _cache(cross_cache)),
             use_cache=True,
         )
+        logits = self.lm_head(output.last_hidden_state)
+        if self.final_logits_bias is not None:
+            logits = logits + self.final_logits_bias
         layers = output.past_key_values.self_attention_cache.layers
-        return output.logits, [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        return logits, [tensor for layer in layers for tensor in (layer.keys, layer.values)]
 
 
 def _cache(tensors: Sequence[torch.Tensor]) -> DynamicCache:

@@ -52,6 +52,10 @@ def test_programs_compute_and_write_what_the_model_does(name: str, tmp_path: Pat
     model = write_model(tmp_path / "model", **MODELS[name])
     export(tmp_path / "model", tmp_path / "exported", "--to", "torch")
     programs = load(tmp_path / "exported")
+    # Encoder and decoder have weights in common, but none that they do not use.
+    shared = model.model.shared.weight.numel()
+    stored = sum(one.numel() for program in programs.values() for one in program.parameters())
+    assert stored <= sum(one.numel() for one in model.parameters()) + shared
     operators = {str(node.target) for one in programs.values() for node in one.graph.nodes}
     assert not any("transformers" in operator for operator in operators)
 
