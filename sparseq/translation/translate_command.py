@@ -43,8 +43,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "translate",
         help="translate standard input or files with a trained model",
         description="Translate lines with a sequence-to-sequence model, in order and with flat memory. Progress goes\n"
-        "to standard error. Runs on ONNX Runtime where that is installed and the model is Sparseq's; its graphs are\n"
-        "made the first time.",
+        "to standard error. Runs on ONNX Runtime where that is installed and the model is Sparseq's; its graphs\n"
+        "are made the first time.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
