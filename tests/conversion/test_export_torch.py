@@ -52,10 +52,12 @@ def test_programs_compute_and_write_what_the_model_does(name: str, tmp_path: Pat
     model = write_model(tmp_path / "model", **MODELS[name])
     export(tmp_path / "model", tmp_path / "exported", "--to", "torch")
     programs = load(tmp_path / "exported")
-    # Encoder and decoder have weights in common, but none that they do not use.
-    shared = model.model.shared.weight.numel()
-    stored = sum(one.numel() for program in programs.values() for one in program.parameters())
-    assert stored <= sum(one.numel() for one in model.parameters()) + shared
+    # Both have the embeddings and cross-attention's projections of keys and values; none has what it does not use.
+    attentions = [layer.encoder_attn for layer in model.model.decoder.layers]
+    shared = [model.model.shared, *(one for attention in attentions for one in (attention.k_proj, attention.v_proj))]
+    twice = sum(weight.numel() for module in shared for weight in module.parameters())
+    stored = sum(weight.numel() for program in programs.values() for weight in program.parameters())
+    assert stored == sum(weight.numel() for weight in model.parameters()) + twice
     operators = {str(node.target) for one in programs.values() for node in one.graph.nodes}
     assert not any("transformers" in operator for operator in operators)
 
