@@ -161,17 +161,21 @@ class Int8Experts(nn.Module):
         tokens, top_k = top_k_index.shape
         ids, order = top_k_index.flatten().sort(stable=True)
         sizes = ids.bincount(minlength=self.num_experts + 1).tolist()
-        inputs = hidden_states[order // top_k].split(sizes)
-        # Rows of padding, the last part, stay zero.
-        outputs = hidden_states.new_zeros(tokens * top_k, hidden_states.shape[-1])
-        outputs[order] = torch.cat([self._run(expert, rows) for expert, rows in enumerate(inputs)]).to(outputs.dtype)
+        inputs = hidden_states[order // top_k]
+        # Rows of padding, the last ones, stay zero.
+        sorted_outputs = torch.zeros_like(inputs)
+        start = 0
+        for expert, size in enumerate(sizes[:-1]):
+            if size:
+                sorted_outputs[start : start + size] = self._run(expert, inputs[start : start + size])
+                start += size
+        outputs = torch.empty_like(sorted_outputs)
+        outputs[order] = sorted_outputs
         outputs = outputs.view(tokens, top_k, -1) * top_k_weights[..., None]
         return outputs.sum(dim=1).to(hidden_states.dtype)
 
     def _run(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
-        """One expert's outputs for `rows` `(M, H)`; those of the expert E are zero."""
-        if len(rows) == 0 or expert == self.num_experts:
-            return torch.zeros_like(rows)
+        """One expert's outputs for `rows` `(M, H)`."""
         inner = self._project(self.first, expert, rows)
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
         return self._project("down_proj", expert, inner)
