@@ -30,6 +30,12 @@ CASES: dict[str, dict[str, Any]] = {
     "forced last": {**BEAMS, "forced_eos_token_id": 2, "max_new_tokens": 5},
     "forced last, greedy": {"forced_eos_token_id": 2, "max_new_tokens": 5},
     "forced last is no end": {**BEAMS, "forced_eos_token_id": 13, "max_new_tokens": 5},
+    "forced last, of two that are not both allowed": {
+        **BEAMS,
+        "forced_eos_token_id": [2, 13],
+        "suppress_tokens": [13],
+        "max_new_tokens": 5,
+    },
     "forced first and last": {"num_beams": 4, "forced_bos_token_id": 9, "forced_eos_token_id": 2, "max_length": 3},
     "minimum": {**BEAMS, "min_length": 6},
     "minimum, greedy": {"min_length": 6},
