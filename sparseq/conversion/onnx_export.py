@@ -103,8 +103,6 @@ class OnnxExport:
             ValueError: The weights cannot be read.
         """
         model: Any = load_model(AutoModelForSeq2SeqLM, checkpoint.folder, dtype=torch.float32)
-        # The graphs' record has the configuration, and nobody else has this folder.
-        model.config.name_or_path = ""
         return cls(checkpoint, model.eval(), precision)
 
     @property

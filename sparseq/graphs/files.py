@@ -61,6 +61,9 @@ def export_graphs(
         weights.close()
         for name, graph in written.items():
             onnx.save(graph.model(), partial / f"{name}.onnx")
+        config = json.loads(model.config.to_json_string(use_diff=False))
+        # A path of this machine, where the model comes from a folder.
+        config.pop("_name_or_path", None)
         record = {
             "format": GRAPH_FORMAT,
             "sparseq_version": SPARSEQ_VERSION,
@@ -69,7 +72,7 @@ def export_graphs(
                 name: {"file": f"{name}.onnx", "inputs": graph.inputs, "outputs": graph.outputs}
                 for name, graph in written.items()
             },
-            "config": json.loads(model.config.to_json_string(use_diff=False)),
+            "config": config,
         }
         (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
