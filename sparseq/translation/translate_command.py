@@ -164,8 +164,6 @@ def _check(args: argparse.Namespace) -> None:
     for option in ("temperature", "top_k", "top_p", "seed"):
         if getattr(args, option) is not None and not args.sample:
             raise ValueError(f"--{option.replace('_', '-')} is for --sample, which is not given.")
-    if args.scores and (args.n_best is not None or args.json):
-        raise ValueError("--scores says nothing beside --n-best and --json, which have the scores anyway.")
     for path in args.files:
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.{near_file(path)}")

@@ -194,7 +194,6 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["m", "--beams", "2", "--n-best", "3"], r"--n-best 3 is more than --beams 2"),
     (["m", "--n-best", "3"], r"--n-best 3 needs --beams 3 or more, or --sample"),
     (["m", "--temperature", "0.5"], r"--temperature is for --sample"),
-    (["m", "--scores", "--json"], r"--scores says nothing beside"),
     (["m", "--resume"], r"--resume goes on with a file: name it with --output"),
     (["m", "--output", "there"], r"--output there is there already: go on with it by --resume"),
     (["m", "--output", "no/such/out"], r"there is no folder no/such"),
