@@ -48,15 +48,26 @@ class TargetLayer(DynamicLayer):
             self.keys = torch.cat([keys, key_states], dim=2) if past else key_states
             self.values = torch.cat([values, value_states], dim=2) if past else value_states
             return self.keys, self.values
-        # Under autograd always into new memory: the backward pass needs the old one as it was.
-        is_own = self._written is not None and self.keys is self._written and not torch.is_grad_enabled()
-        if not is_own or end > self._store.shape[2]:
+        kept = rows if not past else cast(torch.Tensor, self.keys).shape[0]
+        if rows != kept:
+            raise ValueError(
+                f"The cache is one of {kept} rows, but there are tokens of {rows}: go on with as many as it was made "
+                "with, or start without a cache"
+            )
+        if not self._may_write() or end > self._store.shape[2]:
             self._make_room(past, end, key_states)
         self._store[0, :, past:end] = key_states.transpose(1, 2)
         self._store[1, :, past:end] = value_states.transpose(1, 2)
         self.keys, self.values = self._store[:, :, :end].transpose(2, 3).unbind(0)
         self._written = self.keys
         return self.keys, self.values
+
+    def _may_write(self) -> bool:
+        """Whether there is memory of our own, with what `keys` and `values` say, that may change."""
+        if self._written is None or self.keys is not self._written:
+            return False
+        # Under autograd always into new memory: the backward pass needs the old one as it was.
+        return not torch.is_grad_enabled() and (not self._store.is_inference() or torch.is_inference_mode_enabled())
 
     def _make_room(self, past: int, end: int, like: torch.Tensor) -> None:
         rows, heads, _, size = like.shape
@@ -74,7 +85,8 @@ class SparseqCache(EncoderDecoderCache):
     The source's are there once, and serve all rows that decode it. Nor are the target's moved when beams change
     places: those of all beams of a source are kept one after the other, step by step, `(B, A, T * N, D)`, and each
     beam attends to the tokens that it descends from. So a decoder step of R rows is one of N tokens for each of B
-    sources, with a mask.
+    sources, with a mask. After a beam search these are the beams that were still running, not the hypotheses that it
+    returns: such a cache is of no use to continue them.
 
     Args:
         beams: N, the rows of one source that may change places; 1 keeps each row by itself.
@@ -110,6 +122,24 @@ class SparseqCache(EncoderDecoderCache):
             self.self_attention_cache.reorder_cache(beam_idx)
         elif self._descent is not None:
             self._descent = self._descent.flatten(0, 1).index_select(0, beam_idx).view_as(self._descent)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._give_each_row_its_source()
+        super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._give_each_row_its_source()
+        super().batch_repeat_interleave(repeats)
+
+    def _give_each_row_its_source(self) -> None:
+        if self.beams > 1:
+            raise ValueError(
+                f"In a cache of a search with {self.beams} beams the rows of a source share memory, so none can be "
+                "taken out or repeated: start without a cache, or search with more than 16 beams"
+            )
+        pairs: Any = zip(self.self_attention_cache.layers, self.cross_attention_cache.layers, strict=False)
+        for target, source in pairs:
+            source.batch_repeat_interleave(target.keys.shape[0] // source.keys.shape[0])
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove * self.beams)

@@ -7,6 +7,7 @@ Shapes: B sources, N beams of each side by side (or 1), R = B * N rows, S source
 size, K experts per token.
 """
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -15,17 +16,31 @@ from torch.nn import functional as F
 
 from .cache_sparseq import Positions, SparseqCache
 from .modeling_sparseq import (
+    SparseqActivation,
     SparseqAttention,
     SparseqDecoder,
     SparseqDecoderLayer,
-    SparseqExperts,
+    SparseqGatedBiasExperts,
+    SparseqGatedExperts,
     SparseqMLP,
+    SparseqPlainBiasExperts,
+    SparseqPlainExperts,
     SparseqRouter,
     SparseqSparseMLP,
     apply_rotary,
     is_bare,
     within_float16,
 )
+
+# The classes that a step knows, with what their forward was when this was written.
+_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward
+    for kind in (
+        *(SparseqDecoder, SparseqDecoderLayer, SparseqAttention, SparseqMLP, SparseqSparseMLP, SparseqRouter),
+        *(SparseqGatedExperts, SparseqGatedBiasExperts, SparseqPlainExperts, SparseqPlainBiasExperts),
+        *(SparseqActivation, nn.Linear),
+    )
+}
 
 
 class AttentionStep:
@@ -197,25 +212,13 @@ class DecoderStep:
 
     @staticmethod
     def serves(decoder: SparseqDecoder) -> bool:
-        """Whether it does what the decoder does: with sdpa, plain linear layers, and no hooks in what it bypasses."""
-        if decoder.config._attn_implementation != "sdpa":
+        """
+        Whether it does what the decoder does: with sdpa, in evaluation, where all that it bypasses is what this
+        package made it, and where nobody looks into it. (An adapter has a weight too, which is not all of it.)
+        """
+        if decoder.config._attn_implementation != "sdpa" or any(module.training for module in decoder.modules()):
             return False
-        for module in decoder.modules():
-            if isinstance(module, SparseqAttention | SparseqMLP):
-                # An adapter in the place of a linear layer has a weight too, which is not all of it.
-                linears = [child for name, child in module.named_children() if name.endswith("_proj")]
-                if not all(type(linear) is nn.Linear and is_bare(linear) for linear in linears):
-                    return False
-            elif isinstance(module, SparseqSparseMLP):
-                # Nor are wrapped ones all there is.
-                children: tuple[nn.Module, ...] = (module.experts, module.router)
-                if not all(isinstance(child, SparseqExperts | SparseqRouter) for child in children):
-                    return False
-            elif not isinstance(module, SparseqDecoder | SparseqDecoderLayer | SparseqRouter | SparseqExperts):
-                continue
-            if not is_bare(module):
-                return False
-        return True
+        return all(map(_is_ours, _bypassed(decoder)))
 
     def __call__(
         self,
@@ -258,3 +261,30 @@ class DecoderStep:
         if decoder.norm is not None:
             states = decoder.norm(states)
         return states.view(input_ids.shape[0], 1, -1)
+
+
+def _bypassed(decoder: nn.Module) -> Iterator[nn.Module]:
+    """The modules that a step does not call, as far as they are what they should be, and those in their place."""
+    yield decoder
+    for layer in decoder.layers if isinstance(decoder, SparseqDecoder) else ():
+        yield layer
+        if isinstance(layer, SparseqDecoderLayer):
+            yield from (layer.self_attn, layer.encoder_attn, layer.mlp)
+            parts: list[nn.Module] = [layer.self_attn, layer.encoder_attn]
+            if isinstance(layer.mlp, SparseqSparseMLP):
+                yield layer.mlp.router
+                parts += [layer.mlp.experts, *([layer.mlp.shared_experts] if layer.mlp.shared_experts else [])]
+            else:
+                parts.append(layer.mlp)
+            for module in parts:
+                yield module
+                yield from (child for name, child in module.named_children() if name.endswith(("_proj", "act_fn")))
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """Whether a module is exactly of a class that a step knows, with the forward of that class."""
+    forward = _FORWARDS.get(type(module))
+    if forward is None or type(module).forward is not forward or not is_bare(module):
+        return False
+    # Quantized weights are tensors of other types.
+    return all(type(parameter) is nn.Parameter for parameter in module.parameters(recurse=False))

@@ -9,6 +9,7 @@ head, E experts, K experts per token, F inner width of one expert, N tokens (B *
 
 import ctypes
 import functools
+import inspect
 import itertools
 import math
 import mmap
@@ -17,7 +18,8 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -161,6 +163,12 @@ class SparseqStepOutput(ModelOutput):
 
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
+
+
+for _field in fields(SparseqSeq2SeqLMOutput):
+    if not hasattr(SparseqStepOutput, _field.name):
+        # Asked for, it is None, as in an output with all fields.
+        setattr(SparseqStepOutput, _field.name, None)
 
 
 def shift_tokens_right(labels: torch.Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> torch.Tensor:
@@ -1505,6 +1513,11 @@ class SparseqDecoder(SparseqStack):
             past_key_values = EncoderDecoderCache(past_key_values, DynamicCache(config=self.config))
         past_length: Any = 0 if past_key_values is None else past_key_values.get_seq_length()
         rows, length = embeds.shape[:2]
+        if encoder_hidden_states is not None and past_key_values is not None and past_key_values.is_updated.get(0):
+            first: Any = past_key_values.cross_attention_cache.layers[0]
+            sources = first.keys.shape[0]
+            encoder_hidden_states = _with_rows(encoder_hidden_states, sources)
+            encoder_attention_mask = _with_rows(encoder_attention_mask, sources)
         if encoder_hidden_states is not None and rows % encoder_hidden_states.shape[0]:
             raise ValueError(
                 f"The decoder has {rows} rows, but the source {encoder_hidden_states.shape[0]}: each source serves "
@@ -1766,6 +1779,27 @@ def router_losses(
     return (balance * weights).sum(dim=-1).mean(), z_loss
 
 
+# Caches that the calls of generate() of this thread have made.
+_caches_with_steps: ContextVar[list[SparseqCache]] = ContextVar("caches_with_steps")
+
+
+def _taking_back_steps(generate: Callable[..., Any]) -> Any:
+    """generate() that leaves no step in a cache: who goes on with one may have trained the model meanwhile."""
+
+    @functools.wraps(generate)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        caches: list[SparseqCache] = []
+        token = _caches_with_steps.set(caches)
+        try:
+            return generate(self, *args, **kwargs)
+        finally:
+            _caches_with_steps.reset(token)
+            for cache in caches:
+                cache.step = None
+
+    return wrapper
+
+
 class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
     """
     Encoder, decoder and output projection: translation, summarization and any other sequence-to-sequence task;
@@ -1856,14 +1890,9 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         register_fsdp_forward_method(self, method)
         return True
 
-    @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        output = super().generate(*args, **kwargs)  # type: ignore[misc]  # the mixin types self
-        cache = getattr(output, "past_key_values", None)
-        if isinstance(cache, SparseqCache):
-            # Who goes on with it may have trained the model meanwhile.
-            cache.step = None
-        return output
+    generate = _taking_back_steps(GenerationMixin.generate)
+    # Those who want gradients call it without its torch.no_grad.
+    generate.__wrapped__ = _taking_back_steps(inspect.unwrap(GenerationMixin.generate))
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
@@ -1899,6 +1928,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
 
         step = None if shows_more or not DecoderStep.serves(self.model.decoder) else DecoderStep(self.model.decoder)
         cache = SparseqCache(beams, step=step)
+        _caches_with_steps.get([]).append(cache)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
@@ -1978,9 +2008,9 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
             ValueError: for `skip_logits` without labels, or as encoder and decoder say.
         """
         others = (decoder_attention_mask, decoder_inputs_embeds, decoder_position_ids, labels, output_router_logits)
-        asks_for_more = skip_logits or output_router_indices or use_cache is False or any(kwargs.values())
-        if encoder_outputs is not None and not asks_for_more and all(other is None for other in others):
-            step = self._step(past_key_values, decoder_input_ids)
+        asks_for_more = skip_logits or output_router_indices or use_cache is False
+        if isinstance(encoder_outputs, BaseModelOutput) and not asks_for_more and all(one is None for one in others):
+            step = self._step(past_key_values, decoder_input_ids, kwargs)
             if step is not None:
                 states = step(decoder_input_ids, past_key_values, encoder_outputs.last_hidden_state, attention_mask)
                 return SparseqStepOutput(logits=self._logits(states), past_key_values=past_key_values)
@@ -2048,11 +2078,15 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
             self._add_router_losses(result, outputs, labels, attention_mask, target_mask, num_items_in_batch)
         return result
 
-    def _step(self, cache: Any, decoder_input_ids: torch.Tensor | None) -> Callable[..., torch.Tensor] | None:
+    def _step(
+        self, cache: Any, decoder_input_ids: torch.Tensor | None, options: dict[str, Any]
+    ) -> Callable[..., torch.Tensor] | None:
         """The short way to compute one more token, where generate() has made one and it may be taken."""
         if not isinstance(cache, SparseqCache) or not cache.takes_steps:
             return None
         if decoder_input_ids is None or decoder_input_ids.shape[1] != 1:
+            return None
+        if any(option is not None and option is not False for option in options.values()):
             return None
         if self.training or torch.is_grad_enabled() or is_tracing(decoder_input_ids):
             return None
@@ -2229,6 +2263,15 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _with_rows(of_sources: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+    """What there is of each source, where a cache has more rows of each, or fewer."""
+    if of_sources is None or of_sources.shape[0] == rows:
+        return of_sources
+    if of_sources.shape[0] > rows:
+        return of_sources[:: of_sources.shape[0] // rows]
+    return of_sources.repeat_interleave(rows // of_sources.shape[0], dim=0)
 
 
 def real_targets(labels: torch.Tensor, decoder_attention_mask: torch.Tensor | None = None) -> torch.Tensor:

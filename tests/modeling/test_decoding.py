@@ -11,6 +11,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from sparseq import SparseqForConditionalGeneration
 from sparseq.cache_sparseq import SparseqCache, TargetLayer
 from sparseq.decoding_sparseq import DecoderStep
+from sparseq.modeling_sparseq import SparseqAttention
 from tests.tiny import PAD, source_batch, tiny_model
 from tests.tolerances import assert_close
 
@@ -311,3 +312,164 @@ def test_autocast_steps_stay_near_the_forward() -> None:
         expected = model(input_ids=ids, decoder_input_ids=output.sequences[:, :-1]).logits
     scale = expected.abs().max()
     assert_close(torch.stack(output.logits, dim=1) / scale, expected / scale, torch.bfloat16)
+
+
+class DoubledAttention(SparseqAttention):
+    """One that adds what the class it comes from does not know."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output, weights = super().forward(*args, **kwargs)
+        return -2 * output, weights
+
+
+class WrappedLayer(torch.nn.Module):
+    """A layer in a wrapper that adds a direction to its output, as for steering."""
+
+    def __init__(self, layer: torch.nn.Module, direction: torch.Tensor):
+        super().__init__()
+        self.layer, self.direction = layer, direction
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        states, routing = self.layer(*args, **kwargs)
+        return states + self.direction, routing
+
+
+class Halved(torch.nn.Module):
+    """In the place of an activation."""
+
+    def forward(self, up: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return up / 2 if gate is None else up * gate / 2
+
+
+def change_attention(model: Any) -> None:
+    model.model.decoder.layers[0].self_attn.__class__ = DoubledAttention
+
+
+def change_layer(model: Any) -> None:
+    layers = model.model.decoder.layers
+    layers[1] = WrappedLayer(layers[1], torch.randn(32, generator=torch.Generator().manual_seed(0)))
+
+
+def change_activation(model: Any) -> None:
+    model.model.decoder.layers[0].mlp.act_fn = Halved()
+
+
+def change_the_class(model: Any) -> None:
+    model.model.decoder.layers[0].mlp.forward = lambda states, mask=None: (states * 2, None)
+
+
+@pytest.mark.parametrize("change", [change_attention, change_layer, change_activation, change_the_class])
+def test_changed_modules_are_not_passed_over(change: Any, steps: list[int]) -> None:
+    model, ids = endless(**DENSE), source_batch()
+    before = generate(model, ids)
+    change(model)
+    steps.clear()
+    tokens = generate(model, ids, use_cache=False)
+    assert not torch.equal(tokens, before)
+    assert torch.equal(generate(model, ids), tokens)
+    assert not steps
+
+
+def test_a_hook_on_an_activation_runs(steps: list[int]) -> None:
+    model, ids = endless(**DENSE), source_batch()
+    model.model.decoder.layers[0].mlp.act_fn.register_forward_hook(lambda _, __, output: output * 3)
+    assert torch.equal(generate(model, ids), generate(model, ids, use_cache=False))
+    assert not steps
+
+
+def test_dropout_that_somebody_left_on_stays_on(steps: list[int]) -> None:
+    model, ids = endless(dropout=0.5), source_batch()
+    for layer in model.model.decoder.layers:
+        layer.train()
+    first = generate(model, ids)
+    torch.manual_seed(6)
+    assert not torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), first)
+    assert not steps
+
+
+def test_modules_that_peft_trains_whole_are_used() -> None:
+    model, ids = endless(**DENSE), source_batch()
+    config = LoraConfig(target_modules=r"model\.encoder\.layers\.\d+\.self_attn\.q_proj", modules_to_save=["mlp"])
+    adapted: Any = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        adapted.base_model.model.model.decoder.layers[0].mlp.modules_to_save["default"].down_proj.weight.mul_(-2)
+    assert torch.equal(generate(adapted, ids), generate(adapted, ids, use_cache=False))
+
+
+def test_without_its_no_grad_generate_gives_gradients() -> None:
+    model, ids = endless(**DENSE), source_batch()
+    settings = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    output = type(model).generate.__wrapped__(model, ids, **settings)
+    output.logits[-1].square().sum().backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_a_returned_cache_goes_on_with_rows_taken_out_or_repeated() -> None:
+    model, ids = endless(), source_batch((9, 9, 9))
+    settings = {"do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True}
+    output = generate(model, ids, **settings)
+    tokens, cache = output.sequences, output.past_key_values
+
+    def continued(cache: Any, sources: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=sources, decoder_input_ids=rows[:, -1:], past_key_values=cache, use_cache=True).logits
+
+    def expected(sources: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=sources, decoder_input_ids=rows).logits[:, -1:]
+
+    repeated = ids.repeat_interleave(2, dim=0)
+    for sources in (ids, repeated):
+        assert_close(continued(copy.deepcopy(cache), sources, tokens), expected(repeated, tokens), torch.float32)
+    chosen = torch.tensor([0, 3, 5])
+    fewer = copy.deepcopy(cache)
+    fewer.batch_select_indices(chosen)
+    assert_close(
+        continued(fewer, repeated[chosen], tokens[chosen]), expected(repeated[chosen], tokens[chosen]), torch.float32
+    )
+    cache.batch_repeat_interleave(2)
+    more, sources = tokens.repeat_interleave(2, dim=0), repeated.repeat_interleave(2, dim=0)
+    assert_close(continued(cache, ids, more), expected(sources, more), torch.float32)
+    beams = generate(model, ids, num_beams=2, return_dict_in_generate=True).past_key_values
+    with pytest.raises(ValueError, match="with 2 beams the rows of a source share memory"):
+        beams.batch_select_indices(chosen)
+
+
+def test_a_cache_of_other_rows_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TargetLayer, "_COPIED", 0)
+    layer = TargetLayer()
+    layer.update(torch.zeros(3, 1, 1, 2), torch.zeros(3, 1, 1, 2))
+    with pytest.raises(ValueError, match="one of 3 rows, but there are tokens of 1"):
+        layer.update(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
+
+
+def test_a_cache_of_inference_mode_goes_on_outside_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TargetLayer, "_COPIED", 0)
+    layer, states = TargetLayer(), torch.randn(3, 1, 2, 1, 4)
+    with torch.inference_mode():
+        layer.update(states[0], states[0])
+    with torch.no_grad():
+        layer.update(states[1], states[1])
+        keys, _ = layer.update(states[2], states[2])
+    assert torch.equal(keys, torch.cat(list(states), dim=2))
+
+
+def test_encoder_outputs_may_be_a_tuple_and_other_arguments_tensors() -> None:
+    model, ids = endless(), source_batch((9, 9, 9))
+    expected = generate(model, ids)
+    states = model.get_encoder()(ids).last_hidden_state
+    assert torch.equal(generate(model, ids, encoder_outputs=(states,)), expected)
+    plain = model(input_ids=ids, decoder_input_ids=ids)
+    assert torch.equal(model(input_ids=ids, decoder_input_ids=ids, extra=torch.ones(3)).logits, plain.logits)
+
+
+def test_a_step_has_every_field_that_an_output_has(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = endless(), source_batch()
+    seen = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **kwargs: seen.append(forward(**kwargs)) or seen[-1])
+    generate(model, ids)
+    assert steps
+    step = seen[-1]
+    whole = model(input_ids=ids, decoder_input_ids=ids[:, :1])
+    for name in vars(whole):
+        assert getattr(step, name) is None or name in ("logits", "past_key_values")
