@@ -6,7 +6,7 @@ import numpy as np
 
 from .decoding_plan import Plan
 from .proposals import Proposal
-from .search import END, Continuation
+from .search import END, Continuation, length_norms
 
 # In place of minus infinity, as in generate(): that of beams which do not count yet, and of those that have ended.
 _FAR = np.float32(-1.0e9)
@@ -102,8 +102,7 @@ class BeamSearch:
 
     def _norms(self, numbers: np.ndarray) -> np.ndarray:
         """What sums of the log-probabilities of so many tokens are divided by, `(B, 1)`."""
-        norms: np.ndarray = (numbers.astype(np.float64) ** self._length_penalty).astype(np.float32)[:, None]
-        return norms
+        return length_norms(numbers, self._length_penalty)[:, None]
 
     def select(self, sources: np.ndarray) -> None:
         """As `Search.select`."""

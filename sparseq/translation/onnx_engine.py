@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..graphs.files import read_record
+from ..loading import first_line
 from .engine import StepOutput
 
 # Target tokens that a cache has room for, and as many more whenever they are used up. A cache with more room than that
@@ -142,7 +143,7 @@ class OnnxEngine:
 
     Raises:
         FileNotFoundError: The folder holds no graphs.
-        ValueError: They are of another version.
+        ValueError: They are of another version, or ONNX Runtime cannot read them.
     """
 
     def __init__(self, folder: str | Path, threads: int | None = None):
@@ -155,6 +156,9 @@ class OnnxEngine:
         self.max_source_length: int | None = limit
         self.max_target_length: int | None = limit
         self._sessions: dict[str, ort.InferenceSession] = {}
+        # What each batch needs, so that damaged files are found now.
+        for name in ("encoder", "likeliest"):
+            self._session(name)
         step = self._session("step")
         # (K, P) of each layer's keys and values.
         caches = [value for value in step.get_inputs() if value.name.startswith("past_key_")]
@@ -225,7 +229,11 @@ class OnnxEngine:
                 options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
                 options.add_session_config_entry("session.x64quantprecision", "1")
             path = str(self._folder / f"{name}.onnx")
-            self._sessions[name] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            try:
+                self._sessions[name] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            # Its errors have no class of their own in common.
+            except Exception as error:
+                raise ValueError(f"ONNX Runtime cannot read {path}: {first_line(error)}") from error
         return self._sessions[name]
 
 

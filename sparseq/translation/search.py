@@ -191,7 +191,8 @@ class RowSearch:
         if len(ending):
             ends = self.ends.reshape(-1)
             numbers = length + 1 - self._prompt_lengths[ending]
-            ends["score"][ending] = self._sums[ending] / numbers**self._plan.settings.length_penalty
+            norms = length_norms(numbers, self._plan.settings.length_penalty)
+            ends["score"][ending] = self._sums[ending] / norms
             ends["length"][ending] = length
             ends["parent"][ending] = ending
             ends["token"][ending] = tokens[ending]
@@ -211,6 +212,13 @@ class RowSearch:
         self._sources, self._is_open, self._sums = self._sources[rows], self._is_open[rows], self._sums[rows]
         self._prompt_lengths, self._maximum = self._prompt_lengths[rows], self._maximum[rows]
         self.ends = self.ends[sources]
+
+
+def length_norms(numbers: np.ndarray, length_penalty: float) -> np.ndarray:
+    """What sums of the log-probabilities of so many tokens are divided by, float32."""
+    # Whole numbers have no negative powers in NumPy.
+    norms: np.ndarray = (numbers.astype(np.float64) ** length_penalty).astype(np.float32)
+    return norms
 
 
 def rows_of(sources: np.ndarray, rows: int) -> np.ndarray:

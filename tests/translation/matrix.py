@@ -18,6 +18,8 @@ CASES: dict[str, dict[str, Any]] = {
     "long is good, to the end": {**BEAMS, "length_penalty": 2.0, "early_stopping": "never"},
     "length does not count": {**BEAMS, "length_penalty": 0.0, "early_stopping": "never"},
     "short is good": {**BEAMS, "length_penalty": -0.5},
+    "short is good, a whole number": {**BEAMS, "length_penalty": -1},
+    "short is good, greedy": {"length_penalty": -1},
     "several ends": {**BEAMS, "eos_token_id": list(ENDS)},
     "several ends, greedy": {"eos_token_id": list(ENDS)},
     "no end": {**BEAMS, "eos_token_id": None},

@@ -1,10 +1,14 @@
 """Which runtime decodes, and the graphs that are made once and kept."""
 
+import gc
 import importlib.util
 import logging
+import re
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +138,100 @@ def test_an_export_that_was_killed_is_not_taken_for_whole(folder: Path, monkeypa
     assert not list((folder / GRAPH_FOLDER).glob("onnx-*"))
     slow = Translator.from_pretrained(folder, runtime="torch", device="cpu")
     assert translated(Translator.from_pretrained(folder, device="cpu")) == translated(slow)
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "encoder.onnx", "likeliest.onnx", "graphs.json", None])
+def test_damaged_graphs_are_made_anew(
+    folder: Path, exported: list[Path], caplog: pytest.LogCaptureFixture, name: str | None
+) -> None:
+    expected = translated(Translator.from_pretrained(folder, runtime="onnx"))
+    # No file of the first is mapped into memory any more.
+    gc.collect()
+    (place,) = exported
+    for path in place.iterdir():
+        if name is None:
+            path.unlink()
+        elif path.name == name:
+            path.unlink() if name == "graphs.json" else path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    again = Translator.from_pretrained(folder, runtime="onnx")
+    assert exported == [place, place]
+    assert f"{place} is damaged, so its graphs are made anew" in caplog.text
+    assert translated(again) == expected
+
+
+def test_damaged_graphs_that_cannot_be_removed_are_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Translator.from_pretrained(folder, runtime="onnx")
+    (place,) = (folder / GRAPH_FOLDER).glob("onnx-*")
+    (place / "graphs.json").unlink()
+    monkeypatch.setattr(runtimes.shutil, "rmtree", cannot_write)
+    with pytest.raises(OSError, match=re.escape(f"{place} is damaged: remove it, and it is made again")):
+        Translator.from_pretrained(folder, runtime="onnx")
+    assert "generate()" in repr(Translator.from_pretrained(folder, device="cpu"))
+    assert f"{place} is damaged: remove it" in caplog.text
+
+
+def cannot_write(*args: Any, **options: Any) -> None:
+    raise OSError(30, "Read-only file system")
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_where_graphs_can_be_kept_nowhere_generate_decodes(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / GRAPH_FOLDER).write_text("")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    translator = Translator.from_pretrained(folder, device="cpu")
+    assert "generate()" in repr(translator)
+    assert translator.translate(SOURCES[0]).text
+    message = re.escape(f"graphs cannot be kept in {folder / GRAPH_FOLDER}") + ".*another folder with `cache_dir`"
+    assert re.search(message, caplog.text)
+    with pytest.raises(OSError, match=message):
+        Translator.from_pretrained(folder, runtime="onnx")
+    # Neither needs a home.
+    own = Translator.from_pretrained(folder, runtime="onnx", cache_dir=tmp_path / "own")
+    assert translated(own) == translated(translator)
+    (folder / GRAPH_FOLDER).unlink()
+    assert "ONNX" in repr(Translator.from_pretrained(folder, device="cpu"))
+
+
+def test_a_full_disk_is_no_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(files.onnx, "save", cannot_write)
+    assert "generate()" in repr(Translator.from_pretrained(folder, device="cpu"))
+    assert "Read-only file system): name another folder with `cache_dir`" in caplog.text
+    with pytest.raises(OSError, match="Read-only file system"):
+        Translator.from_pretrained(folder, runtime="onnx")
+    assert not list((folder / GRAPH_FOLDER).glob("onnx-*"))
+
+
+def test_of_two_at_once_one_makes_the_graphs(
+    folder: Path, exported: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    load, is_loading, goes_on = runtimes.load_model, threading.Event(), threading.Event()
+
+    def slow(*args: Any, **options: Any) -> Any:
+        is_loading.set()
+        goes_on.wait(60)
+        return load(*args, **options)
+
+    monkeypatch.setattr(runtimes, "load_model", slow)
+    with ThreadPoolExecutor() as pool:
+        one = pool.submit(prepare_graphs, folder, "float32")
+        assert is_loading.wait(60)
+        other = pool.submit(prepare_graphs, folder, "float32")
+        with pytest.raises(TimeoutError):
+            other.result(timeout=0.5)
+        goes_on.set()
+        assert one.result(60) == other.result(60)
+    assert len(exported) == 1
+    assert not caplog.records
 
 
 def interrupt(*args: Any, **options: Any) -> None:

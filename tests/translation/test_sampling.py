@@ -112,10 +112,16 @@ def test_samples_do_not_depend_on_who_leaves_the_batch(
     assert found[0] == found[1]
 
 
-def test_samples_come_best_first() -> None:
-    settings = settings_of(MODEL, do_sample=True, num_return_sequences=6)
+@pytest.mark.parametrize("length_penalty", [1.0, -2])
+def test_samples_come_best_first(length_penalty: float) -> None:
+    settings = settings_of(MODEL, do_sample=True, num_return_sequences=6, length_penalty=length_penalty)
     settings.seed = 1
     for hypotheses in decode(TorchEngine(MODEL), settings, IDS, MASK):
         scores = [one.score for one in hypotheses]
         assert scores == sorted(scores, reverse=True)
         assert len(set(scores)) > 1
+        for one in hypotheses:
+            number = len(one.token_log_probs)
+            np.testing.assert_allclose(
+                one.score, sum(one.token_log_probs) / float(number) ** length_penalty, rtol=1e-4
+            )

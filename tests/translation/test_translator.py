@@ -369,7 +369,10 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path, folder: Path) -> None:
     for options, message in (
         ({"precision": "int4"}, '`precision` must be one of "float32", "int8", but is \'int4\''),
         ({"runtime": "tensorrt"}, '`runtime` must be one of "auto", "onnx", "torch"'),
-        ({"threads": 0}, "`threads` must be at least 1, but is 0"),
+        ({"threads": 0}, "`threads` must be a whole number from 1 on, but is 0"),
+        ({"threads": "2"}, "`threads` must be a whole number from 1 on, but is '2'"),
+        ({"device": "foo"}, "`device` is 'foo', which PyTorch does not find on this machine: it has cpu"),
+        ({"device": "cpu:7"}, "`device` is 'cpu:7', which PyTorch does not find on this machine: it has cpu"),
         ({"runtime": "onnx", "device": "cuda"}, '`runtime="onnx"` runs on the CPU, but `device` is cuda'),
         ({"revision": "main"}, "is for repositories of the Hub"),
     ):
