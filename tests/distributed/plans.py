@@ -114,7 +114,8 @@ def cut_model(
     **arguments: Any,
 ) -> Any:
     """The same weights, cut; `rules` take the place of the plan's own, which is one of `plans`."""
-    # The first process saves it.
+    # The first process saves it, when none reads any longer what was there before.
+    torch.distributed.barrier()
     whole_model(model).save_pretrained(folder / "start")
     torch.distributed.barrier()
     fields = plans[plan] if rules is None else {**plans[plan], "tp_plan": rules}
