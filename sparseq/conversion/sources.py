@@ -1,6 +1,7 @@
 """What is converted: a folder, or a repository of the Hub of which only the needed files are downloaded."""
 
 import contextlib
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -43,7 +44,10 @@ _LEAST = {
     **dict.fromkeys(("num_beams", "num_return_sequences", "max_length", "max_new_tokens"), 1),
     **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
 }
-_NUMBERS = ("length_penalty", "repetition_penalty", "temperature", "top_p", "diversity_penalty")
+_NUMBERS = {
+    *("length_penalty", "repetition_penalty", "encoder_repetition_penalty", "diversity_penalty", "guidance_scale"),
+    *("temperature", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+}
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
 # What the client raises where there is no answer. Its HTTP package is no dependency of ours, so it is named by this.
 _NO_ANSWER: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -133,8 +137,8 @@ def check_numbers(values: Mapping[str, Any]) -> None:
     for name in values.keys() & _LEAST.keys():
         if type(values[name]) is not int or values[name] < _LEAST[name]:
             raise ValueError(f"`{name}` must be a whole number from {_LEAST[name]} on, but is {values[name]!r}.")
-    for name in values.keys() & set(_NUMBERS):
-        if type(values[name]) not in (int, float):
+    for name in values.keys() & _NUMBERS:
+        if type(values[name]) not in (int, float) or not math.isfinite(values[name]):
             raise ValueError(f"`{name}` must be a number, but is {values[name]!r}.")
     words = values.get("bad_words_ids", [])
     if not isinstance(words, list) or not all(isinstance(word, list) for word in words):

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -168,12 +169,22 @@ def _check(args: argparse.Namespace) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.{near_file(path)}")
     check_output_file("--output", args.output)
+    if args.output is not None:
+        _check_output(args)
     if args.resume and args.output is None:
         raise ValueError("--resume goes on with a file: name it with --output.")
-    if args.output is not None and args.output.exists() and not args.resume:
-        raise ValueError(f"--output {args.output} is there already: go on with it by --resume, or remove it.")
-    if args.output is not None and any(args.output.exists() and args.output.samefile(path) for path in args.files):
-        raise ValueError(f"--output {args.output} is one of the files to be translated.")
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    output = args.output
+    if output.suffix == ".gz":
+        raise ValueError(f"--output {output}: what is written is not compressed; name a file without .gz.")
+    if output.exists() and not args.resume:
+        raise ValueError(f"--output {output} is there already: go on with it by --resume, or remove it.")
+    if any(output.exists() and output.samefile(path) for path in args.files):
+        raise ValueError(f"--output {output} is one of the files to be translated.")
+    if not os.access(output if output.exists() else output.absolute().parent, os.W_OK):
+        raise ValueError(f"--output {output} cannot be written: you lack the permission, or the disk is read-only.")
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -199,19 +210,21 @@ def _translate(args: argparse.Namespace, translator: "Translator") -> int:
     """Lines from files or standard input, to the end."""
     write = _writer(args)
     lines = _input(args)
-    with _output(args) as (out, done), _progress(args) as bar:
-        if sum(1 for _ in itertools.islice(lines, done)) < done:
-            raise ValueError(f"--output {args.output} has {done} lines already, more than there are to translate.")
+    done = _lines_done(args)
+    if sum(1 for _ in itertools.islice(lines, done)) < done:
+        raise ValueError(f"--output {args.output} has {done} lines already, more than there are to translate.")
+    with _Output(args.output) as out, _progress(args) as bar:
         translations = translator.translate_lines(
             _flushing(lines, out), first=done + 1, on_batch=bar, batch_tokens=args.batch_tokens, **_settings(args)
         )
         for number, translation in enumerate(translations, start=done + 1):
-            out.write(write(number, translation))
-        out.flush()
+            out.open().write(write(number, translation))
+        # Nothing to translate makes an empty file.
+        out.open()
     return 0
 
 
-def _flushing(lines: Iterator[str], out: TextIO) -> Iterator[str]:
+def _flushing(lines: Iterator[str], out: "_Output") -> Iterator[str]:
     """The lines; before the next one is waited for, what was written goes to its reader."""
     for line in lines:
         yield line
@@ -270,18 +283,45 @@ def _one_line(text: str) -> str:
     return text.replace("\n", " ")
 
 
-@contextlib.contextmanager
-def _output(args: argparse.Namespace) -> Iterator[tuple[TextIO, int]]:
-    """Where translations go, and how many lines are translated there already."""
-    if args.output is None:
-        # Ends of lines are the same on all systems, and so is the encoding.
-        sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]  # it is a TextIOWrapper
-        yield sys.stdout, 0
-        return
-    written = args.n_best if args.n_best is not None and not args.json else 1
-    done = _cut_to_whole(args.output, written) if args.resume and args.output.exists() else 0
-    with args.output.open("a", encoding="utf-8", newline="\n") as out:
-        yield out, done
+class _Output:
+    """Where translations go: a file, or standard output.
+
+    The file is made when the first is written: a run that is refused before leaves none in the way of the next.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._stream: TextIO | None = None
+
+    def __enter__(self) -> "_Output":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.flush()
+        if self._path is not None and self._stream is not None:
+            self._stream.close()
+
+    def open(self) -> TextIO:
+        """The stream to write to."""
+        if self._stream is None and self._path is not None:
+            self._stream = self._path.open("a", encoding="utf-8", newline="\n")
+        elif self._stream is None:
+            # Ends of lines are the same on all systems, and so is the encoding.
+            sys.stdout.reconfigure(encoding="utf-8", newline="\n")  # type: ignore[union-attr]  # a TextIOWrapper
+            self._stream = sys.stdout
+        return self._stream
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        if self._stream is not None:
+            self._stream.flush()
+
+
+def _lines_done(args: argparse.Namespace) -> int:
+    """How many lines an earlier run has translated; what it left of the next one is cut off."""
+    if not args.resume or not args.output.exists():
+        return 0
+    return _cut_to_whole(args.output, args.n_best if args.n_best is not None and not args.json else 1)
 
 
 def _cut_to_whole(path: Path, written: int) -> int:

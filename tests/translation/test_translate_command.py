@@ -198,6 +198,9 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["m", "--output", "there"], r"--output there is there already: go on with it by --resume"),
     (["m", "--output", "no/such/out"], r"there is no folder no/such"),
     (["m", "there", "--output", "there", "--resume"], r"is one of the files to be translated"),
+    (["m", "--output", "out.gz"], r"--output out\.gz: what is written is not compressed; name a file without \.gz"),
+    (["m", "--output", "out", "--length-penalty", "nan"], r"`length_penalty` must be a number, but is nan"),
+    (["m", "--output", "out", "latin1"], r"latin1, line 2: not UTF-8"),
     (["m", "latin1"], r"latin1, line 2: not UTF-8"),
     (["m", "half.gz"], r"half\.gz cannot be decompressed"),
 ]
@@ -223,6 +226,26 @@ def test_mistakes_are_reported_in_one_line(
     assert len([line for line in err.splitlines() if "error:" in line]) == 1
     assert re.search(message, err)
     assert not backend.batches
+    # The corrected command finds nothing in its way.
+    assert not Path("out").exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_loaded(
+    backend: EchoBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The permissions of a folder do not bind everybody who may run this.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert main(["translate", "m", "--output", str(tmp_path / "out")]) == 2
+    assert f"--output {tmp_path / 'out'} cannot be written" in capsys.readouterr().err
+    assert not hasattr(backend, "asked")
+
+
+def test_nothing_to_translate_makes_an_empty_file(
+    backend: EchoBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    type_in(monkeypatch, b"")
+    assert main(["translate", "m", "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out").read_bytes() == b""
 
 
 def test_languages_and_models_are_checked(
@@ -235,8 +258,9 @@ def test_languages_and_models_are_checked(
         ([str(tmp_path)], "has no config.json"),
     ):
         type_in(monkeypatch, b"a\n")
-        assert main(["translate", *arguments]) == 2
+        assert main(["translate", *arguments, "--output", str(tmp_path / "out")]) == 2
         assert re.search(message, capsys.readouterr().err)
+        assert not (tmp_path / "out").exists()
 
 
 SLOW = textwrap.dedent(
