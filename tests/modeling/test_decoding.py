@@ -1,6 +1,7 @@
 """Steps of generate(): what they take as short cuts changes no number, and nothing in the cache is copied or moved."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from sparseq import SparseqForConditionalGeneration
 from sparseq.cache_sparseq import SparseqCache, TargetLayer
 from sparseq.decoding_sparseq import DecoderStep
 from sparseq.modeling_sparseq import SparseqAttention
+from tests.absent import run_without_package
 from tests.tiny import PAD, source_batch, tiny_model
 from tests.tolerances import assert_close
 
@@ -473,3 +475,24 @@ def test_a_step_has_every_field_that_an_output_has(steps: list[int], monkeypatch
     whole = model(input_ids=ids, decoder_input_ids=ids[:, :1])
     for name in vars(whole):
         assert getattr(step, name) is None or name in ("logits", "past_key_values")
+
+
+def test_steps_are_taken_where_the_package_is_missing(tmp_path: Path) -> None:
+    endless().save_pretrained(tmp_path / "model")
+    code = """
+import sys
+import torch
+from transformers import AutoModelForSeq2SeqLM
+
+model = AutoModelForSeq2SeqLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+model.generation_config.eos_token_id = None
+taken = []
+model.generate(torch.arange(3, 9)[None], max_new_tokens=2)
+(steps,) = [module for name, module in sys.modules.items() if name.endswith("decoding_sparseq")]
+step = steps.DecoderStep.__call__
+steps.DecoderStep.__call__ = lambda *arguments: taken.append(1) or step(*arguments)
+settings = {"num_beams": 3, "max_new_tokens": 7, "do_sample": False}
+cached, uncached = (model.generate(torch.arange(3, 9)[None], use_cache=cached, **settings) for cached in (True, False))
+print(torch.equal(cached, uncached), len(taken))
+"""
+    assert run_without_package(code, tmp_path / "model", home=tmp_path) == "True 6"
