@@ -56,10 +56,10 @@ def translate(texts):
 print(translate([{example!r}])[0])
 ```
 
-{languages}The options are those that the model generates with; `beam_size=1` is greedy search. `max_input_length=0`
-keeps long sources whole, and `min_decoding_length=0` allows an empty translation, as `generate()` does. CTranslate2
-ends a beam search when `beam_size` hypotheses are finished: `generate(early_stopping=True)` does as well, and writes
-the same tokens. The model has {size}.
+{languages}The options are those that the model generates with; `beam_size=1` is greedy search, or draws tokens where
+there are options of sampling. `max_input_length=0` keeps long sources whole, and `min_decoding_length=0` allows an
+empty translation, as `generate()` does. CTranslate2 ends a beam search when `beam_size` hypotheses are finished:
+`generate(early_stopping=True)` does as well, and writes the same tokens. The model has {size}.
 {differences}"""
 
 
@@ -235,10 +235,8 @@ def _search_options(settings: GenerationConfig, tokens: Sequence[str], *, prefix
             options[other] = value
     if settings.no_repeat_ngram_size:
         options["no_repeat_ngram_size"] = settings.no_repeat_ngram_size
-    if settings.do_sample:
-        options["sampling_topk"] = settings.top_k or 0
-        options["sampling_topp"] = 1.0 if settings.top_p is None else settings.top_p
-        options["sampling_temperature"] = 1.0 if settings.temperature is None else settings.temperature
+    if settings.do_sample and beams == 1:
+        options.update(_sampling_options(settings, vocab_size=len(tokens)))
     forbidden = [*(settings.bad_words_ids or []), *([one] for one in settings.suppress_tokens or [])]
     if forbidden:
         options["suppress_sequences"] = [[tokens[number] for number in word] for word in forbidden]
@@ -248,10 +246,29 @@ def _search_options(settings: GenerationConfig, tokens: Sequence[str], *, prefix
     return written if prefix is None else {**written, "target_prefix": f"[[{prefix!r}]] * len(sources)"}
 
 
+def _sampling_options(settings: GenerationConfig, *, vocab_size: int) -> dict[str, Any]:
+    """Those that draw each token from what generate() draws it from."""
+    values = GenerationConfig._get_default_generation_params()
+    for name in ("top_k", "top_p", "temperature"):
+        if (value := getattr(settings, name)) is not None:
+            values[name] = value
+    return {
+        # CTranslate2 refuses more than there are, and a `sampling_topp` of 0, with which generate() keeps one token.
+        "sampling_topk": min(values["top_k"], vocab_size),
+        "sampling_topp": max(values["top_p"], 1e-6),
+        "sampling_temperature": values["temperature"],
+    }
+
+
 def _differences(settings: GenerationConfig) -> Iterable[str]:
     """What generate() does otherwise with these settings, in sentences."""
     if (settings.num_beams or 1) > 1:
         yield from _beam_differences(settings)
+    elif settings.do_sample and (settings.num_return_sequences or 1) > 1:
+        yield (
+            f"CTranslate2 sorts the {settings.num_return_sequences} samples of a text (`num_return_sequences`) by "
+            "score, the best first. generate() leaves them as they were drawn."
+        )
     others = settings.to_diff_dict().keys() - _CARRIED - _IDLE
     for name in sorted(others):
         if getattr(settings, name, None) is not None:
@@ -259,6 +276,13 @@ def _differences(settings: GenerationConfig) -> Iterable[str]:
 
 
 def _beam_differences(settings: GenerationConfig) -> Iterable[str]:
+    if settings.do_sample:
+        # CTranslate2 4.8.5 restricts all beams of a text together, by their whole scores, where generate() restricts
+        # the next token of each beam, and the process crashes where `sampling_topk` is below 2 * `beam_size`.
+        yield (
+            f"`do_sample` with `num_beams` ({settings.num_beams}) draws what the beams go on with. CTranslate2 has "
+            "nothing that draws alike, and is told to search without drawing, as with `do_sample=False`."
+        )
     if settings.early_stopping is not True:
         yield (
             f"`early_stopping` is {settings.early_stopping!r}, with which generate() may search on after `num_beams` "

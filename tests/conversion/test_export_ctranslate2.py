@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import ctranslate2
 import pytest
@@ -21,6 +22,8 @@ from tests.conversion.exported import (
     export,
     generated,
     run_readme,
+    run_readme_here,
+    sources,
     tokenizer,
     write_model,
 )
@@ -147,6 +150,70 @@ def test_the_readme_says_how_to_run_it(tmp_path: Path) -> None:
     assert (exported / "README.md").read_text("utf-8").startswith("---\nlicense: mit\n---\n")
     record = json.loads((exported / "conversion.json").read_text("utf-8"))
     assert record["command"] == f"sparseq export {tmp_path / 'model'} --to ctranslate2 --positions 50"
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"top_k": 0},
+        {"top_k": 3, "temperature": 0.5},
+        {"top_k": 0, "top_p": 0.5, "temperature": 2.0},
+        {"top_k": 1000, "top_p": 0.7},
+        {"top_p": 0.0},
+    ],
+    ids=str,
+)
+def test_the_readme_samples_from_what_generate_samples_from(
+    sampling: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model(tmp_path / "model", num_experts=0)
+    model.generation_config.update(do_sample=True, **sampling)
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "exported", "--to", "ctranslate2")
+    ctranslate2.set_random_seed(0)
+    translate = Mock(wraps=ctranslate2.Translator(str(tmp_path / "exported"), intra_threads=1).translate_batch)
+    monkeypatch.setattr(ctranslate2, "Translator", lambda folder: Mock(translate_batch=translate))
+    run_readme_here(tmp_path / "exported", call=f"translate({TEXTS!r})")
+    (source, *_), options = translate.call_args.args[0], translate.call_args.kwargs
+
+    number = 20_000
+    [result] = translate([source], **{**options, "num_hypotheses": number, "max_decoding_length": 1})
+    drawn = tokenizer().convert_tokens_to_ids([one[0] if one else "</s>" for one in result.hypotheses])
+    shares = torch.bincount(torch.tensor(drawn), minlength=len(tokenizer())) / number
+
+    steps = model.generate(sources()[:1], max_new_tokens=1, output_scores=True, return_dict_in_generate=True)
+    expected = steps.scores[0][0].softmax(dim=-1)
+    assert not shares[expected == 0].any()
+    # The distance of so many draws from what they are drawn from is 0.04 with 300 tokens, and less with fewer.
+    assert (shares - expected).abs().sum() / 2 < 0.06
+
+
+def test_beams_are_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CTranslate2 would draw otherwise than generate() does, or crash where `top_k` is small."""
+    model = write_model(tmp_path / "model", num_experts=0)
+    model.generation_config.update(do_sample=True, num_beams=3, early_stopping=True, temperature=2.0)
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "exported", "--to", "ctranslate2")
+    note = "`do_sample` with `num_beams` (3) draws"
+    assert note in capsys.readouterr().out
+    assert note in (tmp_path / "exported" / "README.md").read_text("utf-8")
+    said = run_readme_here(tmp_path / "exported", call=f"translate({TEXTS!r})")
+    assert said == tokenizer().batch_decode(generated(model, do_sample=False), skip_special_tokens=True)
+
+
+def test_several_samples_are_sorted_and_the_readme_says_so(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model", num_experts=0)
+    model.generation_config.update(do_sample=True, num_return_sequences=5)
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "exported", "--to", "ctranslate2")
+    readme = (tmp_path / "exported" / "README.md").read_text("utf-8")
+    assert "num_hypotheses=5," in readme
+    assert "CTranslate2 sorts the 5 samples of a text" in readme
+    translator = ctranslate2.Translator(str(tmp_path / "exported"), intra_threads=1)
+    options = {"beam_size": 1, "sampling_topk": 50, "num_hypotheses": 5, "return_scores": True}
+    for result in translator.translate_batch(tokens_of(tokenizer()(TEXTS)["input_ids"]), **options):
+        assert result.scores == sorted(result.scores, reverse=True)
 
 
 @pytest.mark.parametrize(
