@@ -9,13 +9,16 @@ WINDOW_CHARACTERS = 2**22
 """A window is closed before `WINDOW_LINES` where its lines have so many characters, which bounds its memory."""
 
 
-def fill_batches(lengths: Sequence[int], budget: int, *, rows: int = 1) -> Iterator[list[int]]:
+def fill_batches(
+    lengths: Sequence[int], budget: int, *, rows: int = 1, most: int | None = None
+) -> Iterator[list[int]]:
     """Cut sentences into batches of like length, the longest first, so that memory peaks at once.
 
     Args:
         lengths: Tokens of each sentence.
         budget: Tokens that a batch holds at most, padding included. One sentence alone may have more.
         rows: How often each sentence takes part, as with `rows` beams.
+        most: Sentences that a batch holds at most; None where there is no limit.
 
     Yields:
         Indices into `lengths`; each occurs once.
@@ -27,7 +30,7 @@ def fill_batches(lengths: Sequence[int], budget: int, *, rows: int = 1) -> Itera
         raise ValueError(f"`batch_tokens` must be at least 1, but is {budget}.")
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * rows * lengths[batch[0]] > budget:
+        if batch and ((len(batch) + 1) * rows * lengths[batch[0]] > budget or len(batch) == most):
             yield batch
             batch = []
         batch.append(index)

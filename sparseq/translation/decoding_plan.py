@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import GenerationConfig
 from transformers.generation import GenerationMixin, LogitsProcessorList
 
@@ -162,16 +163,14 @@ def make_plan(batch: Batch, settings: GenerationConfig, engine: Engine) -> Plan:
         ValueError: A setting is not supported, or a sentence has no room for a token or would outgrow the engine.
     """
     check_settings(settings)
-    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+    for name in ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"):
         for token in token_list(getattr(settings, name)):
             if not 0 <= token < engine.vocab_size:
                 raise ValueError(f"`{name}` is {token}, but the vocabulary has {engine.vocab_size} tokens.")
     # generate() counts a maximum of its own as new tokens, and one that was set as all tokens.
     has_maximum = settings.max_length is not None
-    completed: Any = copy.deepcopy(settings)
-    completed.update(**GenerationConfig._get_default_generation_params(), defaults_only=True)
     sentences = len(batch.prefixes)
-    _GENERATION._prepare_special_tokens(completed, device="cpu", batch_size=sentences)
+    completed = _complete(settings, sentences)
     start = completed._decoder_start_token_tensor.numpy()
     if start.ndim and len(start) != sentences:
         raise ValueError(f"`decoder_start_token_id` has {len(start)} tokens, but the batch {sentences} sentences.")
@@ -182,6 +181,34 @@ def make_plan(batch: Batch, settings: GenerationConfig, engine: Engine) -> Plan:
     )
     _check_lengths(targets, completed, engine)
     return Plan(completed, targets, np.zeros(0, dtype=np.int64) if ends is None else ends.numpy())
+
+
+def check_values(settings: GenerationConfig) -> None:
+    """Have the logits processors of `generate()` check the values that they are made of, such as `top_p`.
+
+    Raises:
+        ValueError: One cannot be.
+    """
+    for name in ("top_p", "typical_p"):
+        # They leave out what does nothing.
+        if (value := getattr(settings, name)) is not None and value > 1:
+            raise ValueError(f"`{name}` must be at most 1, but is {value}.")
+    completed = _complete(settings, 1)
+    # It wants to know the vocabulary; the values are checked where it is set.
+    completed.watermarking_config = None
+    source = torch.zeros(1, 1, dtype=torch.int64)
+    _GENERATION._get_logits_processor(completed, input_ids_seq_length=1, encoder_input_ids=source, device="cpu")
+
+
+def _complete(settings: GenerationConfig, sentences: int) -> Any:
+    """A copy with `generate()`'s defaults where nothing was set, and with special tokens as tensors."""
+    completed: Any = copy.deepcopy(settings)
+    # Not by `update`, which would warn of what was given for nothing, as `length_penalty` seems to be with one beam.
+    for name, value in GenerationConfig._get_default_generation_params().items():
+        if getattr(completed, name) is None:
+            setattr(completed, name, value)
+    _GENERATION._prepare_special_tokens(completed, device="cpu", batch_size=sentences)
+    return completed
 
 
 def _pad_prompts(starts: np.ndarray, prefixes: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

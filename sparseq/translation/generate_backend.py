@@ -1,6 +1,7 @@
 """Decoding with `generate()`: where ONNX Runtime is missing or not wanted, and on accelerators."""
 
 import contextlib
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -44,12 +45,18 @@ class GenerateBackend:
         seed = getattr(settings, "seed", None)
         with self._settings(settings), _seeded(seed, self._model.device), evaluating(self._model):
             for rows in groups.values():
-                results.update(zip(rows, self._decode_group(batch, rows, attention, on_token), strict=True))
+                found = self._decode_group(batch, rows, attention, on_token, settings.length_penalty)
+                results.update(zip(rows, found, strict=True))
         return [results[row] for row in range(len(batch.prefixes))]
 
     @torch.inference_mode()
     def _decode_group(
-        self, batch: Batch, rows: Sequence[int], attention: bool, on_token: OnToken | None
+        self,
+        batch: Batch,
+        rows: Sequence[int],
+        attention: bool,
+        on_token: OnToken | None,
+        length_penalty: float | None,
     ) -> list[list[Hypothesis]]:
         """Hypotheses of sentences whose prefixes have the same length."""
         settings = self._model.generation_config
@@ -71,7 +78,7 @@ class GenerateBackend:
             hypotheses.append(
                 Hypothesis(
                     token_ids=tokens,
-                    score=_normalised(chosen, settings.length_penalty),
+                    score=_normalised(chosen, length_penalty),
                     token_log_probs=chosen,
                     attention=None
                     if weights is None
@@ -131,6 +138,10 @@ class GenerateBackend:
         """The model's own settings are replaced meanwhile: those given to generate() are completed with them, so that
         it would warn of a `max_length` that `max_new_tokens` has taken the place of."""
         own = self._model.generation_config
+        if (settings.num_beams or 1) == 1 and settings.length_penalty is not None:
+            # Ours alone: generate() would warn that it does nothing.
+            settings = copy.copy(settings)
+            settings.length_penalty = None
         if is_accelerator(self._model.device) and settings.cache_implementation is None:
             settings = GenerationConfig.from_dict(settings.to_dict() | {"cache_implementation": "static"})
         self._model.generation_config = settings

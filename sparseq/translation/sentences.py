@@ -50,14 +50,20 @@ def _words(text: str) -> list[str]:
 
 
 def _ends_sentence(before: str, after: str) -> bool:
-    return not after[:1].islower() and not _INITIAL.search(before)
+    return not after.islower() and not _INITIAL.search(before)
 
 
 def _cut(text: str, end: re.Pattern[str], is_end: Callable[[str, str], bool] | None = None) -> list[str]:
-    """Cut behind each match of `end` that `is_end`, given the text on both sides, does not reject."""
+    """Cut behind each match of `end` that `is_end` does not reject.
+
+    It is given what was matched with two characters in front of it, or fewer where the part begins, and the character
+    behind it.
+    """
     parts, start = [], 0
     for match in end.finditer(text):
-        if is_end is None or is_end(text[start : match.end()].rstrip(), text[match.end() :][:1]):
+        # Only so much of both sides: a text may be megabytes.
+        before = text[max(start, match.start() - 2) : match.end()].rstrip()
+        if is_end is None or is_end(before, text[match.end() : match.end() + 1]):
             parts.append(text[start : match.end()])
             start = match.end()
     return [*parts, text[start:]] if start < len(text) else parts

@@ -1,9 +1,10 @@
 """`Translator`: texts in, translations out, with whatever runtime is fastest here."""
 
 import queue
+import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
@@ -31,12 +32,15 @@ from sparseq.translation.results import (
 )
 from sparseq.translation.runtimes import Choice, Precision, Runtime, open_backend
 from sparseq.translation.sentences import split_text
-from sparseq.translation.settings import check_lengths, forced_prefix, merge_settings, seeded_apart, with_maximum
+from sparseq.translation.settings import check_lengths, forced_prefix, merge_settings, seeded_apart, usable_settings
 
 __all__ = ["TranslatedHypothesis", "Translation", "Translator"]
 
 TooLong = Literal["split", "error", "truncate"]
 """What becomes of a text that the model cannot read as a whole."""
+
+MOST_LOGITS = 2**26
+"""Numbers that one step gives at most, rows times vocabulary; one sentence is decoded whatever it takes."""
 
 OnBatch = Callable[[int, int], None]
 """Told after each batch how many of the texts are done with it, and how many source tokens it had."""
@@ -107,7 +111,7 @@ class Translator:
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
-        self.generation_config = with_maximum(generation_config, position_limit(config))
+        self.generation_config = usable_settings(generation_config, position_limit(config))
         self._backend = backend
         self._config = config
         self._positions = position_limit(config)
@@ -118,6 +122,8 @@ class Translator:
         }
         self._codes = language_ids(tokenizer)
         self._tags = [] if self._codes else language_tags(tokenizer)
+        self._special = _special_tokens(tokenizer)
+        self._vocab_size: int = getattr(config, "vocab_size", None) or len(tokenizer)
 
     @classmethod
     def from_pretrained(
@@ -217,7 +223,7 @@ class Translator:
         )
         if isinstance(texts, str):
             return self._translate(job, [texts])[0]
-        return self._translate(job, list(texts))
+        return self._translate(job, list(_check_texts(texts)))
 
     def translate_lines(
         self, lines: Iterable[str], *, first: int = 1, on_batch: OnBatch | None = None, **options: Any
@@ -235,7 +241,8 @@ class Translator:
         Raises:
             ValueError: An argument is refused, at once; or a text is too long, when its turn comes.
         """
-        return self._translate_windows(self._job(on_batch=on_batch, noun="Line", **options), lines, first)
+        job = self._job(on_batch=on_batch, noun="Line", **options)
+        return self._translate_windows(job, _check_texts(lines), first)
 
     def stream(self, text: str, **options: Any) -> Iterator[str]:
         """Yield the translation of one text bit by bit as it is made; joined, the bits are the translation.
@@ -281,9 +288,13 @@ class Translator:
         )
         told = self._cue(direction).generation
         merged = merge_settings(self.generation_config, {**told, **settings})
+        if not isinstance(target_prefix, str | None):
+            raise ValueError(f"`target_prefix` must be a string, but is {target_prefix!r}.")
         prefix: list[int] = []
         if target_prefix:
-            encoded = self.tokenizer(text_target=target_prefix, add_special_tokens=False, verbose=False)
+            # Special tokens in it are text, as in sources.
+            options = {"split_special_tokens": True} if self._special.search(target_prefix) else {}
+            encoded = self.tokenizer(text_target=target_prefix, add_special_tokens=False, verbose=False, **options)
             prefix = forced_prefix(merged, encoded["input_ids"])
         check_lengths(merged, prefix, self._positions)
         on_batch = on_batch or (lambda texts, tokens: None)
@@ -330,7 +341,9 @@ class Translator:
             job.on_batch(blank, 0)
         decoded: dict[int, list[PieceHypothesis]] = {}
         lengths = [len(piece.input_ids) for piece in pieces]
-        for number, indices in enumerate(fill_batches(lengths, job.batch_tokens, rows=job.rows), start=first):
+        most = max(1, MOST_LOGITS // (self._vocab_size * job.rows))
+        batches = fill_batches(lengths, job.batch_tokens, rows=job.rows, most=most)
+        for number, indices in enumerate(batches, start=first):
             chosen = [pieces[index] for index in indices]
             decoded.update(zip(indices, self._decode(job, chosen, number), strict=True))
             pending.subtract(piece.text for piece in chosen)
@@ -353,7 +366,7 @@ class Translator:
             return []
         # Set anew each time: another call may have told the tokenizer other languages meanwhile.
         mark = self._cue(job.direction).prefix
-        encoded = self._encode([mark + texts[index] for index in present])
+        encoded = self._encode([texts[index] for index in present], mark)
         pieces = []
         for index, input_ids in zip(present, encoded, strict=True):
             parts = [input_ids]
@@ -374,10 +387,8 @@ class Translator:
                 '`too_long="split"`, at ends of sentences, or with `too_long="truncate"`.'
             )
         if too_long == "truncate":
-            return self._encode([mark + text], truncation=True, max_length=limit)
-        parts = self._encode(
-            [mark + part for part in split_text(text, lambda part: len(self._encode([mark + part])[0]) <= limit)]
-        )
+            return self._encode([text], mark, limit=limit)
+        parts = self._encode(split_text(text, lambda part: len(self._encode([part], mark)[0]) <= limit), mark)
         if max(map(len, parts)) > limit:
             raise ValueError(f"{which} cannot be cut to {limit} tokens, as many as {self.name} reads.")
         return parts
@@ -409,9 +420,22 @@ class Translator:
             length=len(one.token_log_probs),
         )
 
-    def _encode(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(list(texts), verbose=False, **options)["input_ids"]
+    def _encode(self, texts: Sequence[str], mark: str, *, limit: int | None = None) -> list[list[int]]:
+        """Token ids of texts behind a mark, which is a language tag and a blank or nothing, cut to `limit`."""
+        cut = {} if limit is None else {"truncation": True, "max_length": limit}
+        ids: list[list[int]] = self.tokenizer([mark + text for text in texts], verbose=False, **cut)["input_ids"]
+        for index, text in enumerate(texts):
+            if self._special.search(text):
+                ids[index] = self._encode_as_text(text, mark, limit)
         return ids
+
+    def _encode_as_text(self, text: str, mark: str, limit: int | None) -> list[int]:
+        """Token ids of a text in which special tokens are spelled: there they are text like any other."""
+        # The mark would be taken for text, too.
+        tag = [self.tokenizer.convert_tokens_to_ids(mark.strip())] if mark else []
+        cut = {} if limit is None else {"truncation": True, "max_length": limit - len(tag)}
+        encoded = self.tokenizer(text.lstrip() if tag else text, verbose=False, split_special_tokens=True, **cut)
+        return [*tag, *encoded["input_ids"]]
 
     def _text(self, token_ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
@@ -464,6 +488,26 @@ class Translator:
         finally:
             is_closed.set()
             thread.join()
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Finds special tokens in a text; language tags and codes are among them."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    tokens = sorted({*added, *tokenizer.all_special_tokens})
+    return re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
+
+
+def _check_texts(texts: Any) -> Iterable[str]:
+    """
+    Raises:
+        ValueError: They are no texts, whatever can be iterated over in them.
+    """
+    # A data set may have items by number only, and be iterated over all the same.
+    is_iterable = isinstance(texts, Iterable) or hasattr(texts, "__getitem__")
+    if isinstance(texts, str | bytes | bytearray | Mapping) or not is_iterable:
+        raise ValueError(f"Texts must be strings in a list or the like, but are of type {type(texts).__name__}.")
+    checked: Iterable[str] = texts
+    return checked
 
 
 def _source_limit(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int | None:

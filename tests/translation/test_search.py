@@ -241,6 +241,8 @@ def test_an_empty_batch_has_no_translations() -> None:
         ({"num_beams": 4, "do_sample": True}, r"`do_sample` with `num_beams` = 4.*runtime=\"torch\""),
         ({"prompt_lookup_num_tokens": 3}, "`prompt_lookup_num_tokens` = 3"),
         ({"forced_bos_token_id": VOCAB}, f"`forced_bos_token_id` is {VOCAB}, but the vocabulary has {VOCAB}"),
+        ({"decoder_start_token_id": VOCAB}, f"`decoder_start_token_id` is {VOCAB}, but the vocabulary has {VOCAB}"),
+        ({"decoder_start_token_id": -1}, f"`decoder_start_token_id` is -1, but the vocabulary has {VOCAB}"),
         ({"decoder_start_token_id": [1, 2]}, "has 2 tokens, but the batch 5 sentences"),
     ],
 )

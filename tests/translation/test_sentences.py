@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparseq.translation import sentences as sentences_module
 from sparseq.translation.sentences import sentences, split_text
 
 
@@ -67,3 +68,19 @@ def test_pieces_are_filled(words: list[str], limit: int) -> None:
     pieces = split_text(" ".join(words), at_most(limit))
     for piece, following in itertools.pairwise(pieces):
         assert len(piece) + 1 + len(following.split()[0]) > limit
+
+
+def test_what_is_looked_at_does_not_grow_with_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    ends_sentence = sentences_module._ends_sentence
+
+    def spy(before: str, after: str) -> bool:
+        seen.append(len(before) + len(after))
+        return ends_sentence(before, after)
+
+    monkeypatch.setattr(sentences_module, "_ends_sentence", spy)
+    # No mark but the last two ends a sentence: a lower-case letter follows, or a single one stands before.
+    text = "ball. " * 1000 + "z. B. J. Smith reads. A dog."
+    assert sentences(text) == [text[:-6], "A dog."]
+    assert len(seen) == 1004
+    assert max(seen) <= 5

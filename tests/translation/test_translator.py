@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as library_logging
 
 import sparseq
 from sparseq.translation.translator import Translator
@@ -277,7 +278,19 @@ def test_errors_of_decoding_reach_the_reader_of_a_stream() -> None:
         ({"num_beams": 2, "num_return_sequences": 3}, "`num_return_sequences` (3) has to be smaller or equal"),
         ({"max_length": 5, "max_new_tokens": 5}, "`max_length` and `max_new_tokens` say the same in two ways"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be a whole number from 1 on"),
-        ({"seed": "x"}, "`seed` must be a whole number, but is 'x'."),
+        ({"max_length": 1}, "`max_length` is 1, but it counts the start token: give 2 or more, or `max_new_tokens`."),
+        ({"seed": "x"}, "`seed` must be a whole number from 0 to 9223372036854775807, but is 'x'."),
+        ({"seed": -1}, "`seed` must be a whole number from 0 to 9223372036854775807, but is -1."),
+        ({"seed": 2**63}, "`seed` must be a whole number from 0 to 9223372036854775807, but is 9223372036854775808."),
+        ({"length_penalty": float("nan")}, "`length_penalty` must be a number, but is nan."),
+        ({"length_penalty": float("inf"), "num_beams": 2}, "`length_penalty` must be a number, but is inf."),
+        ({"do_sample": True, "min_p": float("nan")}, "`min_p` must be a number, but is nan."),
+        ({"do_sample": True, "temperature": 0.0}, "`temperature` (=0.0) has to be a strictly positive float"),
+        ({"do_sample": True, "top_k": -3}, "`top_k` has to be a strictly positive integer, but is -3"),
+        ({"do_sample": True, "top_p": 1.5}, "`top_p` must be at most 1, but is 1.5."),
+        ({"repetition_penalty": 0.0}, "`penalty` has to be a strictly positive float, but is 0.0"),
+        ({"stop_strings": ["."]}, "`stop_strings` is followed by no runtime of the translator: cut the translations"),
+        ({"target_prefix": 5}, "`target_prefix` must be a string, but is 5."),
         ({"batch_tokens": 0}, "`batch_tokens` must be at least 1, but is 0."),
     ],
 )
@@ -287,6 +300,80 @@ def test_settings_are_checked_before_anything_is_decoded(settings: dict[str, Any
         with pytest.raises(ValueError, match=re.escape(message)):
             call(["A dog."], **settings)
     assert not backend.batches
+
+
+@pytest.mark.parametrize("texts", [{"a": "A dog."}, b"A dog.", bytearray(b"A dog."), 5, None])
+def test_what_is_no_list_of_texts_is_refused(texts: Any) -> None:
+    translator, backend = echo()
+    for call in (translator.translate, translator.translate_lines):
+        with pytest.raises(ValueError, match=f"must be strings in a list or the like, but .* {type(texts).__name__}"):
+            call(texts)
+    with pytest.raises(ValueError, match="must be strings in a list or the like, but are of type str"):
+        translator.translate_lines("A dog.")
+    assert not backend.batches
+
+
+def test_stop_strings_of_a_model_are_passed_over_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    settings = GenerationConfig(max_length=50, decoder_start_token_id=1, eos_token_id=2, stop_strings=["dog"])
+    backend = EchoBackend()
+    translator = Translator(backend, tiny_tokenizer(()), tiny_config(), settings)
+    assert "The model's own `stop_strings` = ['dog'] are passed over" in caplog.text
+    assert translator.translate("A dog.").text == "A dog."
+    assert backend.settings[0].stop_strings is None
+
+
+def test_a_batch_has_only_so_many_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    translator, backend = echo()
+    size = tiny_config().vocab_size
+    monkeypatch.setattr("sparseq.translation.translator.MOST_LOGITS", 6 * size)
+    texts = ["A dog."] * 10
+    assert [one.text for one in translator.translate(texts, num_beams=2)] == texts
+    assert [len(batch.input_ids) for batch in backend.batches] == [3, 3, 3, 1]
+    backend.batches.clear()
+    assert len(translator.translate(texts, num_beams=9)) == 10
+    assert [len(batch.input_ids) for batch in backend.batches] == [1] * 10
+
+
+SPELLED = ["A </s> dog", "<2fr> A dog", "<pad>", "the end</s>", "<s> <2de> A dog.", " <unk>"]
+
+
+@pytest.mark.parametrize("languages", [(), ("de", "fr")])
+def test_special_tokens_that_are_spelled_in_a_text_are_text(languages: tuple[str, ...]) -> None:
+    translator, backend = echo(languages)
+    options = {"target_language": "de"} if languages else {}
+    special = {0, 1, 2, 3, *translator.tokenizer.convert_tokens_to_ids([f"<2{code}>" for code in languages])}
+    for text in SPELLED:
+        one = translator.translate(text, **options)  # type: ignore[arg-type]
+        assert one.source_tokens[-1] == "</s>"
+        assert one.source_tokens[0] == "<2de>" or not languages
+        assert not special & set(sources_of(backend)[len(languages[:1]) : -1])
+        within = translator.translate("A dog.", target_prefix=text, **options)  # type: ignore[arg-type]
+        assert not special & set(backend.batches[-1].prefixes[0])
+        assert within.text.startswith(text.strip())
+    # What comes next is encoded as ever, and the text of both ways is the same but for special tokens.
+    for text in SENTENCES:
+        one = translator.translate(text, **options)  # type: ignore[arg-type]
+        mark = "<2de> " if languages else ""
+        assert sources_of(backend) == translator.tokenizer(mark + text)["input_ids"]
+        assert sources_of(backend) == translator._encode_as_text(text, mark, None)
+    cut, backend = echo(languages, max_position_embeddings=8)
+    cut.translate("A </s> dog " * 9, too_long="truncate", **options)  # type: ignore[arg-type]
+    assert len(sources_of(backend)) == 8
+    cut.translate("A </s> dog " * 9, **options)  # type: ignore[arg-type]
+    assert max(batch.input_ids.shape[1] for batch in backend.batches) == 8
+
+
+@pytest.mark.parametrize("family", ["marian", "bart", "m2m100", "nllb"])
+def test_special_tokens_in_texts_for_other_tokenizers(tmp_path: Path, family: str) -> None:
+    folder = write_checkpoint(family, tmp_path / family)
+    translator = Translator.from_pretrained(folder, runtime="torch", device="cpu")
+    languages = {"m2m100": ("en", "de"), "nllb": ("eng_Latn", "deu_Latn")}.get(family)
+    options = dict(zip(("source_language", "target_language"), languages, strict=True)) if languages else {}
+    plain = translator.translate("A dog runs.", **options).source_tokens  # type: ignore[arg-type]
+    found = translator.translate("A </s> dog <pad> runs.", **options).source_tokens  # type: ignore[arg-type]
+    assert "<pad>" not in found
+    assert found.count("</s>") == plain.count("</s>") == 1
+    assert found[-1] == plain[-1]
 
 
 def test_the_models_own_settings_hold_unless_changed() -> None:
@@ -306,9 +393,13 @@ def test_settings_of_another_search_are_passed_over_without_a_warning(
     for runtime in ("onnx", "torch"):
         translator = Translator.from_pretrained(folder, runtime=runtime, device="cpu")  # type: ignore[arg-type]
         translator.generation_config.update(num_beams=4, early_stopping=True, length_penalty=0.5)
+        # The library says a thing once.
+        library_logging.warning_once.cache_clear()
         caplog.clear()
         one = translator.translate("A dog.", num_beams=1)
-        assert not [record for record in caplog.records if "early_stopping" in record.getMessage()]
+        assert translator.translate("A dog.", num_beams=1, length_penalty=0.5).score == one.score
+        words = ("early_stopping", "length_penalty")
+        assert not [one for one in caplog.records if any(word in one.getMessage() for word in words)]
         assert one.score < translator.translate("A dog.", num_beams=1, length_penalty=1.0).score
 
 
