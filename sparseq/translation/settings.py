@@ -74,13 +74,13 @@ def merge_settings(own: GenerationConfig, changes: Mapping[str, Any]) -> Generat
 
     Args:
         own: The model's; it is left alone.
-        changes: Settings by name.
+        changes: Settings by name; None for generate()'s default.
 
     Raises:
         ValueError: A name or a value is none that a setting can have, or settings contradict each other.
     """
     check_setting_names(changes)
-    check_numbers(changes)
+    check_numbers({name: value for name, value in changes.items() if value is not None})
     settings: Any = copy.deepcopy(own)
     changes = dict(changes)
     settings.seed = changes.pop("seed", None)

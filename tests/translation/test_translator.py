@@ -384,6 +384,8 @@ def test_the_models_own_settings_hold_unless_changed() -> None:
     assert (backend.settings[-1].max_length, backend.settings[-1].max_new_tokens) == (None, 7)
     translator.translate("A dog.")
     assert (backend.settings[-1].max_length, backend.settings[-1].length_penalty) == (50, 0.7)
+    translator.translate("A dog.", num_beams=None, length_penalty=None, min_p=None)
+    assert (backend.settings[-1].num_beams, backend.settings[-1].length_penalty) == (None, None)
 
 
 def test_settings_of_another_search_are_passed_over_without_a_warning(
