@@ -265,11 +265,13 @@ def test_languages_and_models_are_checked(
 
 SLOW = textwrap.dedent(
     """
-    import sys, time
+    import signal, sys, time
     from sparseq.cli import main
     from sparseq.translation import batches, translator
     from tests.translation.test_translator import echo
 
+    # A process that was started in the background, as these tests may be, ignores Ctrl-C, and so do its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     made, backend = echo()
     decode = backend.decode
 
