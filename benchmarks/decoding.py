@@ -21,6 +21,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def measure_grouped(args: argparse.Namespace) -> dict[str, Any]:
 
 def describe(args: argparse.Namespace, packages: Sequence[str]) -> dict[str, Any]:
     """What was measured and where, before the times."""
-    found = {name: metadata.version(name) for name in packages if _is_installed(name)}
+    found = {name: metadata.version(name) for name in packages if find_spec(name) is not None}
     facts = {name: getattr(args, name) for name in ("geometry", "source", "tokens", "threads", "rounds")}
     here = setting()
     return {"setting": {**here, "versions": {**here["versions"], **found}}, **facts, "seconds": {}}
@@ -182,14 +183,6 @@ def endless(model: Any) -> Any:
     model.generation_config.eos_token_id = None
     model.generation_config.max_length = None
     return model.eval()
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 class Systems:

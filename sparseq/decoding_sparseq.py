@@ -269,10 +269,9 @@ def _bypassed(decoder: nn.Module) -> Iterator[nn.Module]:
     for layer in decoder.layers if isinstance(decoder, SparseqDecoder) else ():
         yield layer
         if isinstance(layer, SparseqDecoderLayer):
-            yield from (layer.self_attn, layer.encoder_attn, layer.mlp)
             parts: list[nn.Module] = [layer.self_attn, layer.encoder_attn]
             if isinstance(layer.mlp, SparseqSparseMLP):
-                yield layer.mlp.router
+                yield from (layer.mlp, layer.mlp.router)
                 parts += [layer.mlp.experts, *([layer.mlp.shared_experts] if layer.mlp.shared_experts else [])]
             else:
                 parts.append(layer.mlp)

@@ -61,7 +61,7 @@ Routing = tuple[torch.Tensor, torch.Tensor] | None
 DEFAULT_MAX_LENGTH = 256
 
 # What generate() hands a forward that computes one more token.
-_STEP_INPUTS = ("past_key_values", "encoder_outputs", "attention_mask", "use_cache")
+_STEP_INPUTS = {"past_key_values", "encoder_outputs", "attention_mask", "use_cache"}
 
 # Beams that attend to each other's masked tokens; of more, each attends to its own, which are copied when beams change
 # places.
@@ -1957,11 +1957,9 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, SparseqCache) and cache.takes_steps and kwargs.get("next_sequence_length") == 1:
-            inputs = {name: kwargs.pop(name) for name in _STEP_INPUTS if name in kwargs}
-            kwargs.pop("next_sequence_length")
-            if not kwargs:
+            inputs = {name: value for name, value in kwargs.items() if name != "next_sequence_length"}
+            if inputs.keys() <= _STEP_INPUTS:
                 return {"decoder_input_ids": args[0][:, -1:], **inputs}
-            kwargs.update(inputs, next_sequence_length=1)
         # A static cache turns the mask into one of four dimensions, from which positions cannot be counted.
         mask = kwargs.get("decoder_attention_mask")
         if mask is not None and mask.dim() == 2 and kwargs.get("decoder_position_ids") is None:

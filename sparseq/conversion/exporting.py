@@ -1,5 +1,6 @@
 """What the targets of `sparseq export` have in common: a checkpoint to begin with, and what is made of it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from sparseq.configuration_sparseq import SparseqConfig
 from sparseq.conversion.sources import read_generation_config
 from sparseq.conversion.tokenizers import has_tokenizer, read_tokenizer
 from sparseq.loading import check_model_files, load_config
+from sparseq.modeling_sparseq import SparseqForConditionalGeneration
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,26 @@ class Export(Protocol):
         Raises:
             OSError, ValueError: The disk is full, or a weight cannot be stored.
         """
+
+
+@dataclass(frozen=True)
+class ProgramExport(ABC):
+    """An `Export` of programs that compute what the model does, and that our settings of generation lie beside.
+
+    Attributes:
+        checkpoint: What is exported.
+        model: The same, loaded.
+    """
+
+    checkpoint: Checkpoint
+    model: SparseqForConditionalGeneration
+
+    @abstractmethod
+    def report(self) -> Iterable[str]:
+        """As `Export.report`."""
+
+    def account(self) -> Mapping[str, Any]:
+        return {"source": str(self.checkpoint.folder), "notes": list(self.report())}
+
+    def write_settings(self, folder: Path) -> None:
+        self.checkpoint.generation_config.save_pretrained(folder)

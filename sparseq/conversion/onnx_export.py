@@ -1,6 +1,6 @@
 """A Sparseq model as a folder of ONNX graphs, with what a program needs that has ONNX Runtime and nothing of ours."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from sparseq.conversion.exporting import Checkpoint
+from sparseq.conversion.exporting import Checkpoint, ProgramExport
 from sparseq.conversion.runtime_readme import GreedyProgram, language_note
 from sparseq.graphs.files import Precision, export_graphs
 from sparseq.graphs.heads import padded_width
 from sparseq.loading import load_model
-from sparseq.modeling_sparseq import SparseqForConditionalGeneration
 
 _README = """\
 # A Sparseq model for ONNX Runtime
@@ -79,17 +78,13 @@ _STORED = {
 
 
 @dataclass(frozen=True)
-class OnnxExport:
-    """As `exporting.Export`.
+class OnnxExport(ProgramExport):
+    """ONNX graphs.
 
     Attributes:
-        checkpoint: What is exported.
-        model: The same, loaded.
-        precision: What its weights are stored as.
+        precision: What the weights are stored as.
     """
 
-    checkpoint: Checkpoint
-    model: SparseqForConditionalGeneration
     precision: Precision
 
     @classmethod
@@ -123,12 +118,6 @@ class OnnxExport:
     def report(self) -> Iterable[str]:
         yield f"{self.checkpoint.config.num_parameters():,} parameters as ONNX graphs, {_STORED[self.precision]}."
         yield from self.checkpoint.notes
-
-    def account(self) -> Mapping[str, Any]:
-        return {"source": str(self.checkpoint.folder), "notes": list(self.report())}
-
-    def write_settings(self, folder: Path) -> None:
-        self.checkpoint.generation_config.save_pretrained(folder)
 
     def write_weights(self, folder: Path) -> None:
         # Graphs come in a folder of their own, complete or not there.

@@ -1,6 +1,6 @@
 """A Sparseq model as a folder of programs of torch.export."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from sparseq.conversion.exporting import Checkpoint
+from sparseq.conversion.exporting import Checkpoint, ProgramExport
+from sparseq.conversion.likelihood import position_limit
 from sparseq.conversion.runtime_readme import GreedyProgram, language_note
-from sparseq.conversion.torch_programs import export_programs, head_dim, longest_input
+from sparseq.conversion.torch_programs import export_programs, head_dim
 from sparseq.loading import load_model
-from sparseq.modeling_sparseq import SparseqForConditionalGeneration
 
 _README = """\
 # A Sparseq model for torch.export
@@ -59,16 +59,8 @@ def generate(input_ids, attention_mask):
 
 
 @dataclass(frozen=True)
-class TorchExport:
-    """As `exporting.Export`.
-
-    Attributes:
-        checkpoint: What is exported.
-        model: The same, loaded.
-    """
-
-    checkpoint: Checkpoint
-    model: SparseqForConditionalGeneration
+class TorchExport(ProgramExport):
+    """Programs of torch.export."""
 
     @classmethod
     def prepared(cls, checkpoint: Checkpoint, *, dtype: str | None) -> "TorchExport":
@@ -88,7 +80,7 @@ class TorchExport:
     def readme(self) -> str:
         config, tokenizer = self.checkpoint.config, self.checkpoint.tokenizer()
         program = GreedyProgram.of(self.checkpoint.folder, self.checkpoint.generation_config, tokenizer)
-        longest = longest_input(config)
+        longest = position_limit(config)
         return _README.format(
             tokenizer=program.tokenizer,
             constants=program.constants,
@@ -105,12 +97,6 @@ class TorchExport:
     def report(self) -> Iterable[str]:
         yield f"{self.checkpoint.config.num_parameters():,} parameters in {_name(self.model.dtype)}, in two programs."
         yield from self.checkpoint.notes
-
-    def account(self) -> Mapping[str, Any]:
-        return {"source": str(self.checkpoint.folder), "notes": list(self.report())}
-
-    def write_settings(self, folder: Path) -> None:
-        self.checkpoint.generation_config.save_pretrained(folder)
 
     def write_weights(self, folder: Path) -> None:
         for name, program in export_programs(self.model).items():

@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache, EncoderDecoderCache
 
 from sparseq.configuration_sparseq import SparseqConfig
+from sparseq.conversion.likelihood import position_limit
 from sparseq.modeling_sparseq import SparseqForConditionalGeneration
 
 # Tracing takes 0 and 1 for constants; from 2 on any sizes would do, if they differ, so that none stands for another.
@@ -100,7 +101,7 @@ def export_programs(model: SparseqForConditionalGeneration) -> dict[str, Exporte
     """
     if model.config.num_experts:
         model.set_experts_implementation("eager")
-    longest = longest_input(model.config)
+    longest = position_limit(model.config)
     batch, source, target = Dim("batch"), Dim("source", max=longest), Dim("target", max=longest)
     past = Dim("past", min=0, max=longest)
     ids, target_ids = (torch.ones(_BATCH, length, dtype=torch.long) for length in (_SOURCE, _TARGET))
@@ -140,11 +141,6 @@ def cache_tensor(model: SparseqForConditionalGeneration, batch: int, length: int
 def head_dim(config: SparseqConfig) -> int:
     """The width of the decoder's heads."""
     return config.d_model // config.decoder_attention_heads
-
-
-def longest_input(config: SparseqConfig) -> int | None:
-    """The longest source or target; None where there is no limit."""
-    return config.max_position_embeddings if config.position_embedding_type == "learned" else None
 
 
 @torch.no_grad()

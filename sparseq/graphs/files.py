@@ -8,6 +8,7 @@ from typing import Any, Literal
 import onnx
 
 from ..configuration_sparseq import SPARSEQ_VERSION
+from ..loading import read_json, tensor_files
 from ..model_folder import new_folder
 from ..modeling_sparseq import SparseqForConditionalGeneration
 from .int8 import Int8Operators
@@ -82,12 +83,12 @@ def read_record(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: The folder holds no graphs.
-        ValueError: They are in another format.
+        ValueError: They are in another format, or the record is damaged.
     """
     path = Path(folder) / _RECORD
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no {_RECORD}: export a model into it with `export_graphs()`.")
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_json(path)
     if record["format"] != GRAPH_FORMAT:
         raise ValueError(
             f"{path} is in format {record['format']}, but this version of Sparseq reads format {GRAPH_FORMAT}: export "
@@ -105,15 +106,13 @@ def graph_folder_name(checkpoint: str | Path, precision: Precision) -> str:
 
     Raises:
         FileNotFoundError: The folder holds no configuration or no weights.
+        ValueError: A file of it is damaged, or its weights are not in safetensors.
     """
     checkpoint = Path(checkpoint)
-    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config = read_json(checkpoint / "config.json")
     kept = {name: value for name, value in config.items() if name not in _VOLATILE}
-    weights = sorted(path for kind in ("*.safetensors", "*.bin") for path in checkpoint.glob(kind))
-    if not weights:
-        raise FileNotFoundError(f"{checkpoint} holds no weights (*.safetensors or *.bin).")
     digest = hashlib.sha256(json.dumps([GRAPH_FORMAT, kept], sort_keys=True).encode())
-    for path in weights:
+    for path in sorted(set(tensor_files(checkpoint).values())):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return f"onnx-{precision}-{digest.hexdigest()[:16]}"
