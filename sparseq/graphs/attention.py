@@ -1,9 +1,11 @@
 """Attention as nodes of a graph, by the fused operators of ONNX Runtime."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from onnx import TensorProto
 
 from ..modeling_sparseq import SparseqAttention
 from .heads import grouped_rows, head_rows, padded_width
@@ -113,39 +115,40 @@ class SourceAttention:
         return graph.node("ReduceMean", graph.node("Reshape", means, by_row), graph.constant([1]), keepdims=0)
 
 
-class TargetAttention:
+class TargetAttention(ABC):
     """The decoder's self-attention with its cache.
 
     Args:
         layers: Writes the linear layers.
         rows: The shape `(R, T, -1)`.
-        past_lengths: `(R,)` int32, how many tokens each row has in all but one.
-        total_length: `(1,)` int32, the most tokens that a row has.
         rotary: Cosines and sines, where positions are rotary.
     """
 
-    def __init__(self, layers: Layers, rows: str, past_lengths: str, total_length: str, rotary: Rotary | None):
+    # Whether query, key and value may come in one piece.
+    _takes_packed = False
+
+    def __init__(self, layers: Layers, rows: str, rotary: Rotary | None):
         self.layers = layers
+        self.graph = layers.graph
         self.rows = rows
-        self.past_lengths = past_lengths
-        self.total_length = total_length
         self.rotary = rotary
 
     def __call__(
         self, states: str, name: str, attention: SparseqAttention, past: Sequence[str]
     ) -> tuple[str, str, str]:
-        """Causal self-attention.
+        """Self-attention over the tokens before.
 
         Args:
             states: `(N, H)`.
             name: Of the module.
             attention: The module.
-            past: Keys and values `(R, K, past, P)`; empty names where there are none.
+            past: Keys and values as the graph's inputs; empty names where there are none.
 
         Returns:
             States `(N, H)`, keys and values with those of the new tokens.
         """
-        graph, (heads, kv_heads, head_dim, width) = self.layers.graph, Shape.of(attention)
+        graph, shape = self.graph, Shape.of(attention)
+        heads, kv_heads, _, width = shape
         projections = [
             Projection(f"{name}.{part}_proj", getattr(attention, f"{part}_proj"), head_rows(number))
             for part, number in (("q", heads), ("k", kv_heads), ("v", kv_heads))
@@ -153,21 +156,113 @@ class TargetAttention:
         query = graph.node("Reshape", self.layers.fused(states, f"{name}.qkv", projections), self.rows)
         key = value = ""
         if self.rotary is not None:
-            sizes = graph.constant([(heads + kv_heads) * width, kv_heads * width])
-            turned, value = graph.node_of_many("Split", query, sizes, outputs=2, axis=-1)
+            parts = graph.constant([(heads + kv_heads) * width, kv_heads * width])
+            turned, value = graph.node_of_many("Split", query, parts, outputs=2, axis=-1)
             turned = self.rotary.apply(graph, turned, heads + kv_heads)
-            sizes = graph.constant([heads * width, kv_heads * width])
-            query, key = graph.node_of_many("Split", turned, sizes, outputs=2, axis=-1)
-        states, keys, values = graph.node_of_many(
+            parts = graph.constant([heads * width, kv_heads * width])
+            query, key = graph.node_of_many("Split", turned, parts, outputs=2, axis=-1)
+        elif not self._takes_packed:
+            sizes = graph.constant([heads * width, kv_heads * width, kv_heads * width])
+            query, key, value = graph.node_of_many("Split", query, sizes, outputs=3, axis=-1)
+        states, keys, values = self._attend(query, key, value, past, shape)
+        states = graph.node("Reshape", states, graph.constant([-1, heads * width]))
+        return _project_out(self.layers, states, name, attention, head_rows(heads)), keys, values
+
+    @abstractmethod
+    def _attend(self, query: str, key: str, value: str, past: Sequence[str], shape: Shape) -> tuple[str, str, str]:
+        """The heads' outputs, `(N, A * P)` in any shape, of queries, keys and values `(R, T, heads * P)`."""
+
+
+class RowAttention(TargetAttention):
+    """Each row over its own tokens, which it keeps in order: `(R, K, length, P)`.
+
+    Args:
+        past_lengths: `(R,)` int32, how many tokens each row has in all but one.
+        total_length: `(1,)` int32, the most tokens that a row has.
+    """
+
+    _takes_packed = True
+
+    def __init__(self, layers: Layers, rows: str, rotary: Rotary | None, past_lengths: str, total_length: str):
+        super().__init__(layers, rows, rotary)
+        self.past_lengths = past_lengths
+        self.total_length = total_length
+
+    def _attend(self, query: str, key: str, value: str, past: Sequence[str], shape: Shape) -> tuple[str, str, str]:
+        states, keys, values = self.graph.node_of_many(
             *("GroupQueryAttention", query, key, value, *past, self.past_lengths, self.total_length),
             outputs=3,
             domain=MICROSOFT,
-            num_heads=heads,
-            kv_num_heads=kv_heads,
-            scale=head_dim**-0.5,
+            num_heads=shape.heads,
+            kv_num_heads=shape.kv_heads,
+            scale=shape.head_dim**-0.5,
         )
-        states = graph.node("Reshape", states, graph.constant([-1, heads * width]))
-        return _project_out(self.layers, states, name, attention, head_rows(heads)), keys, values
+        return states, keys, values
+
+
+class BranchingAttention(TargetAttention):
+    """Each row over the tokens that it descends from, which lie in the caches of the rows that were fed them.
+
+    `DecoderMaskedMultiHeadAttention` knows no groups: query heads that share a key-value head are taken for further
+    rows, `(R * A / K, K, capacity, P)`, of which all but the first of a group only write.
+
+    Args:
+        position: `(1,)` int32, how many tokens each row has by now.
+        origins: `(B, R / B, capacity)` int32, which row of its source has each of a row's tokens.
+    """
+
+    def __init__(self, layers: Layers, rows: str, rotary: Rotary | None, position: str, origins: str):
+        super().__init__(layers, rows, rotary)
+        self.position = position
+        self.origins = origins
+        self._indirections: dict[int, tuple[str, str]] = {}
+
+    def _attend(self, query: str, key: str, value: str, past: Sequence[str], shape: Shape) -> tuple[str, str, str]:
+        graph, (heads, kv_heads, head_dim, width) = self.graph, shape
+        groups = heads // kv_heads
+        if groups > 1:
+            query = self._regroup(query, kv_heads, groups, width, [-1, 1, kv_heads * width])
+            key, value = (self._repeat(part, groups, kv_heads * width) for part in (key, value))
+        states, keys, values = graph.node_of_many(
+            *("DecoderMaskedMultiHeadAttention", query, key, value, "", "", *past, self.position),
+            *self._indirection(groups),
+            outputs=3,
+            domain=MICROSOFT,
+            num_heads=kv_heads,
+            scale=head_dim**-0.5,
+            past_present_share_buffer=1,
+        )
+        if groups > 1:
+            states = self._regroup(states, groups, kv_heads, width, [-1, 1, heads * width])
+        return states, keys, values
+
+    def _regroup(self, states: str, first: int, second: int, width: int, shape: list[int]) -> str:
+        """Heads `(first, second)` of each row in the order `(second, first)`, reshaped."""
+        split = self.graph.node("Reshape", states, self.graph.constant([-1, first, second, width]))
+        return self.graph.node(
+            "Reshape", self.graph.node("Transpose", split, perm=[0, 2, 1, 3]), self.graph.constant(shape)
+        )
+
+    def _repeat(self, states: str, times: int, width: int) -> str:
+        """Each row of `(R, 1, width)` so many times."""
+        spread = self.graph.node("Expand", states, self.graph.constant([1, times, 1]))
+        return self.graph.node("Reshape", spread, self.graph.constant([-1, 1, width]))
+
+    def _indirection(self, groups: int) -> tuple[str, str]:
+        """The number of rows of a source `(1,)` int32, and `origins`, for `groups` rows of each."""
+        if groups not in self._indirections:
+            graph, origins = self.graph, self.origins
+            if groups > 1:
+                firsts = graph.node("Mul", origins, graph.constant(groups, np.int32))
+                spread = graph.node("Unsqueeze", firsts, graph.constant([2]))
+                spread = graph.node("Expand", spread, graph.constant([1, 1, groups, 1]))
+                shape = graph.node(
+                    "Concat", graph.constant([0, -1]), graph.node("Shape", origins, start=2, end=3), axis=0
+                )
+                origins = graph.node("Reshape", spread, shape)
+            number = graph.node("Cast", graph.node("Shape", origins, start=1, end=2), to=TensorProto.INT32)
+            self._indirections[groups] = number, origins
+        return self._indirections[groups]
 
 
 def _project_out(

@@ -18,7 +18,7 @@ from .operators import FloatOperators, Operators
 
 # What the files mean. Raised when inputs, outputs or the record change, so that an earlier folder is not taken for one
 # of this version.
-GRAPH_FORMAT = 1
+GRAPH_FORMAT = 2
 _RECORD = "graphs.json"
 _WEIGHTS = "weights.bin"
 
@@ -34,9 +34,10 @@ def export_graphs(
 ) -> None:
     """Write a model as ONNX graphs for ONNX Runtime.
 
-    The folder gets `encoder.onnx`, `prefill.onnx`, `step.onnx`, `step_attention.onnx` (the step that also gives
-    cross-attention) and `likeliest.onnx`, whose inputs and outputs `ModelGraphs` describes; their weights, each stored
-    once, in `weights.bin`; and `graphs.json`, which names precision, configuration, inputs and outputs.
+    The folder gets `encoder.onnx`, `prefill.onnx`, `step.onnx`, `branching_step.onnx`, these two again as
+    `step_attention.onnx` and `branching_step_attention.onnx` (which also give cross-attention) and `likeliest.onnx`,
+    whose inputs and outputs `ModelGraphs` describes; their weights, each stored once, in `weights.bin`; and
+    `graphs.json`, which names precision, configuration, inputs and outputs.
 
     Args:
         model: The model, of any type; its weights are taken in float32.
@@ -57,6 +58,8 @@ def export_graphs(
             "prefill": graphs.prefill(),
             "step": graphs.step(),
             "step_attention": graphs.step(gives_attention=True),
+            "branching_step": graphs.branching_step(),
+            "branching_step_attention": graphs.branching_step(gives_attention=True),
             "likeliest": graphs.likeliest(),
         }
         weights.close()

@@ -43,44 +43,39 @@ class BeamSearch:
 
     def advance(self, length: int, proposal: Proposal) -> Continuation:
         """As `Search.advance`."""
-        targets, beams = self._plan.targets, self._plan.beams
-        by_source = self._by_source
+        targets, beams, by_source = self._plan.targets, self._plan.beams, self._by_source
         width = proposal.tokens.shape[1]
-        log_probs = proposal.log_probs.reshape(-1, beams, width)
-        sums = (log_probs + self._scores[:, :, None]).reshape(-1, beams * width)
+        sums = (proposal.log_probs.reshape(-1, beams, width) + self._scores[:, :, None]).reshape(-1, beams * width)
         best = np.argsort(-sums, axis=1, kind="stable")[:, : self._kept]
-        candidates = np.empty(best.shape, dtype=END)
-        candidates["score"] = sums[by_source, best]
-        candidates["length"] = length
-        candidates["parent"] = best // width + self._first_rows
-        candidates["token"] = proposal.tokens.reshape(sums.shape)[by_source, best]
-        candidates["log_prob"] = log_probs.reshape(sums.shape)[by_source, best]
+        scores, tokens, log_probs = (
+            array.reshape(sums.shape)[by_source, best] for array in (sums, proposal.tokens, proposal.log_probs)
+        )
+        parents = best // width + self._first_rows
 
-        is_chosen = targets.prompt_lengths <= length
-        is_end = (candidates["token"][:, :, None] == self._plan.ends).any(axis=-1) & is_chosen[:, None]
+        is_end = (tokens[:, :, None] == self._plan.ends).any(axis=-1) & (targets.prompt_lengths <= length)[:, None]
         is_end |= (targets.maximum <= length + 1)[:, None]
-        chosen = self._continue(candidates, is_end)
         # Of tokens behind the prompt; none are scored while it is read.
         numbers = np.maximum(length + 1 - targets.prompt_lengths, 1)
-        self._end(candidates[:, :beams], is_end[:, :beams], numbers)
+        if is_end.any():
+            new = np.empty(scores.shape, dtype=END)
+            new["score"], new["length"], new["parent"] = scores, length, parents
+            new["token"], new["log_prob"] = tokens, log_probs
+            self._end(new[:, :beams], is_end[:, :beams], numbers)
+            # The best that go on.
+            scores = scores + is_end * _FAR
+            order = np.argsort(-scores, axis=1, kind="stable")
+            scores, parents, tokens, log_probs = (
+                array[by_source, order] for array in (scores, parents, tokens, log_probs)
+            )
+        self._scores = scores[:, :beams]
         over = ~self._may_improve(numbers) | is_end.all(axis=1)
         if self._stops_when_full:
             over |= self._has_ended.all(axis=1)
-        return Continuation(chosen["parent"].ravel(), chosen["token"].ravel(), chosen["log_prob"].ravel(), over)
+        parents, tokens, log_probs = (array[:, :beams].ravel() for array in (parents, tokens, log_probs))
+        return Continuation(parents, tokens, log_probs, over)
 
-    def _continue(self, candidates: np.ndarray, is_end: np.ndarray) -> np.ndarray:
-        """The best candidates that go on, `(B, beams)`."""
-        scores = candidates["score"] + is_end * _FAR
-        best = np.argsort(-scores, axis=1, kind="stable")[:, : self._plan.beams]
-        self._scores = scores[self._by_source, best]
-        chosen: np.ndarray = candidates[self._by_source, best]
-        return chosen
-
-    def _end(self, candidates: np.ndarray, is_end: np.ndarray, numbers: np.ndarray) -> None:
+    def _end(self, new: np.ndarray, is_end: np.ndarray, numbers: np.ndarray) -> None:
         """Keep those of the best candidates, `(B, beams)`, that have ended and are better than what ended before."""
-        if not is_end.any():
-            return
-        new = candidates.copy()
         new["score"] = np.where(is_end, new["score"] / self._norms(numbers), -np.inf)
         ends = np.concatenate([self.ends, new], axis=1)
         best = np.argsort(-ends["score"], axis=1, kind="stable")[:, : self._plan.beams]

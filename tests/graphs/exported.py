@@ -48,3 +48,54 @@ class ExportedModel:
             logits.append(state["logits"])
             attention.append(state["attention"])
         return np.stack(logits, axis=1), np.stack(attention, axis=1)
+
+    def branch(
+        self, source: np.ndarray, mask: np.ndarray, tokens: np.ndarray, parents: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Steps of R rows that branch, in buffers that are read and written.
+
+        Args:
+            source, mask: `(B, S)`.
+            tokens: What each row is fed, `(R, T)`.
+            parents: Which row of its source it continues with that, `(R, T)`.
+
+        Returns:
+            Logits `(R, T, V)` and attention `(R, T, S)`.
+        """
+        name = "branching_step_attention"
+        described = self.record["graphs"][name]
+        session = ort.InferenceSession(
+            str(self.folder / described["file"]), self.options, providers=["CPUExecutionProvider"]
+        )
+        encoded = self.run("encoder", input_ids=source, attention_mask=mask)
+        config = self.record["config"]
+        groups = config["decoder_attention_heads"] // (
+            config["decoder_num_key_value_heads"] or config["decoder_attention_heads"]
+        )
+        rows, length = tokens.shape
+        beams = rows // len(source)
+        origins = np.zeros((len(source), beams, length), dtype=np.int32)
+        buffers = {
+            # What was never written is not read.
+            name: np.full((rows * groups, shape[1], length, shape[3]), np.nan, dtype=np.float32)
+            for name, (_, shape) in described["inputs"].items()
+            if name.startswith("past_")
+        }
+        logits, attention = [], []
+        for position in range(length):
+            lines = origins.reshape(rows, length)
+            lines[:] = lines[parents[:, position] + np.arange(rows) // beams * beams]
+            origins[:, :, position] = np.arange(beams)
+            binding = session.io_binding()
+            feed = {"tokens": tokens[:, position].copy(), "position": np.array([position], np.int32)}
+            for name, array in (encoded | buffers | feed | {"origins": origins}).items():
+                binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+            for name in ("logits", "attention"):
+                binding.bind_output(name)
+            for name, array in buffers.items():
+                present = name.replace("past", "present")
+                binding.bind_ortvalue_output(present, ort.OrtValue.ortvalue_from_numpy(array))
+            session.run_with_iobinding(binding)
+            for values, output in zip((logits, attention), binding.get_outputs(), strict=False):
+                values.append(output.numpy())
+        return np.stack(logits, axis=1), np.stack(attention, axis=1)

@@ -32,7 +32,8 @@ def test_the_record_describes_what_the_graphs_take_and_give(tmp_path: Path) -> N
     export_graphs(model, tmp_path / "graphs")
     record = read_record(tmp_path / "graphs")
     assert (record["precision"], record["config"]["num_experts"]) == ("float32", 4)
-    assert set(record["graphs"]) == {"encoder", "prefill", "step", "step_attention", "likeliest"}
+    steps = {"step", "step_attention", "branching_step", "branching_step_attention"}
+    assert set(record["graphs"]) == {"encoder", "prefill", "likeliest", *steps}
     source = source_batch().numpy()
     graphs = ExportedModel(tmp_path / "graphs")
     lengths = {"B": 3, "S": 9, "R": 3, "present": 2}
@@ -72,8 +73,8 @@ def test_an_unknown_precision_is_refused(tmp_path: Path) -> None:
 
 def test_a_record_of_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export_graphs(tiny_model(), tmp_path / "graphs")
-    monkeypatch.setattr(files, "GRAPH_FORMAT", 2)
-    with pytest.raises(ValueError, match=r"format 1.*format 2"):
+    monkeypatch.setattr(files, "GRAPH_FORMAT", 3)
+    with pytest.raises(ValueError, match=r"format 2.*format 3"):
         read_record(tmp_path / "graphs")
 
 
