@@ -7,7 +7,7 @@ before it, A key-value heads, D size of one head, H hidden size.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
@@ -78,6 +78,20 @@ class TargetLayer(DynamicLayer):
         self._store = store
 
 
+class Step(Protocol):
+    """What computes one more token the short way."""
+
+    head_weight: torch.Tensor | None
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        cache: Any,
+        encoder_hidden_states: torch.Tensor,
+        encoder_attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor: ...
+
+
 class SparseqCache(EncoderDecoderCache):
     """
     Keys and values of a decoder, for rows of which each source has N side by side.
@@ -97,7 +111,7 @@ class SparseqCache(EncoderDecoderCache):
     # Positions that are computed at a time.
     _POSITIONS = 64
 
-    def __init__(self, beams: int = 1, *, step: Callable[..., torch.Tensor] | None = None) -> None:
+    def __init__(self, beams: int = 1, *, step: Step | None = None) -> None:
         target = DynamicCache()
         target.layer_class_to_replicate = TargetLayer
         super().__init__(target, DynamicCache())

@@ -48,7 +48,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_sparseq import Positions, SparseqCache
+from .cache_sparseq import Positions, SparseqCache, Step
 from .configuration_sparseq import SparseqConfig
 from .quantization_sparseq import warn_of_floating_experts
 
@@ -1926,7 +1926,8 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         # Imported here, because it imports this file.
         from .decoding_sparseq import DecoderStep
 
-        step = None if shows_more or not DecoderStep.serves(self.model.decoder) else DecoderStep(self.model.decoder)
+        decoder = self.model.decoder
+        step = None if shows_more or not DecoderStep.serves(decoder) else DecoderStep(decoder, self.lm_head)
         cache = SparseqCache(beams, step=step)
         _caches_with_steps.get([]).append(cache)
         if generation_config.is_assistant:
@@ -2011,7 +2012,8 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
             step = self._step(past_key_values, decoder_input_ids, kwargs)
             if step is not None:
                 states = step(decoder_input_ids, past_key_values, encoder_outputs.last_hidden_state, attention_mask)
-                return SparseqStepOutput(logits=self._logits(states), past_key_values=past_key_values)
+                logits = self._logits(states, step.head_weight)
+                return SparseqStepOutput(logits=logits, past_key_values=past_key_values)
         if skip_logits and labels is None:
             raise ValueError("`skip_logits=True` computes logits at the labels' positions, so it needs `labels`")
         if labels is not None:
@@ -2076,9 +2078,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
             self._add_router_losses(result, outputs, labels, attention_mask, target_mask, num_items_in_batch)
         return result
 
-    def _step(
-        self, cache: Any, decoder_input_ids: torch.Tensor | None, options: dict[str, Any]
-    ) -> Callable[..., torch.Tensor] | None:
+    def _step(self, cache: Any, decoder_input_ids: torch.Tensor | None, options: dict[str, Any]) -> Step | None:
         """The short way to compute one more token, where generate() has made one and it may be taken."""
         if not isinstance(cache, SparseqCache) or not cache.takes_steps:
             return None
@@ -2096,8 +2096,8 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         balances = self.config.router_balancing == "aux_loss"
         return self.config.router_aux_loss_coef if balances else 0.0, self.config.router_z_loss_coef
 
-    def _logits(self, states: torch.Tensor) -> torch.Tensor:
-        logits = self.lm_head(states)
+    def _logits(self, states: torch.Tensor, head_weight: torch.Tensor | None = None) -> torch.Tensor:
+        logits = self.lm_head(states) if head_weight is None else F.linear(states, head_weight)
         return logits if self.final_logits_bias is None else logits + self.final_logits_bias
 
     @property

@@ -106,13 +106,14 @@ class OnnxExport(ProgramExport):
     @property
     def readme(self) -> str:
         config, tokenizer = self.checkpoint.config, self.checkpoint.tokenizer()
-        groups = config.decoder_attention_heads // config.decoder_num_key_value_heads
+        kv_heads: Any = config.decoder_num_key_value_heads
+        groups = config.decoder_attention_heads // kv_heads
         program = GreedyProgram.of(self.checkpoint.folder, self.checkpoint.generation_config, tokenizer)
         return _README.format(
             tokenizer=program.tokenizer,
             constants=program.constants,
             call=program.call,
-            kv_heads=config.decoder_num_key_value_heads,
+            kv_heads=kv_heads,
             groups="" if groups == 1 else f"{groups} * ",
             width=padded_width(config.d_model // config.decoder_attention_heads),
             vocab_size=config.vocab_size,

@@ -109,6 +109,36 @@ def test_logits_of_steps_are_those_of_one_forward(kind: str) -> None:
     assert_close(torch.stack(output.logits, dim=1), expected, torch.float32)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_laid_out_anew_give_the_logits_of_one_forward(
+    kind: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[DecoderStep] = []
+    original = DecoderStep.__init__
+    monkeypatch.setattr(DecoderStep, "__init__", lambda self, *args: (made.append(self), original(self, *args))[1])
+    # As wide as it takes for outputs to be twice the inputs.
+    model, ids = endless(**KINDS[kind], vocab_size=128), source_batch((7, 4, 6, 5, 3)[:rows])
+    length = 2 * DecoderStep._PAID_BY
+    output = generate(model, ids, output_logits=True, return_dict_in_generate=True, max_new_tokens=length)
+    expected = model(input_ids=ids, decoder_input_ids=output.sequences[:, :-1]).logits
+    assert_close(torch.stack(output.logits, dim=1), expected, torch.float32)
+    (step,) = made
+    assert (step.head_weight is not None) == (rows <= DecoderStep._FEW_ROWS)
+    if step.head_weight is not None:
+        assert torch.equal(step.head_weight, model.lm_head.weight)
+        assert step.head_weight.stride() == (1, len(step.head_weight))
+
+
+def test_a_head_that_does_more_is_called_to_the_end() -> None:
+    model, ids = endless(vocab_size=128), source_batch((7,))
+    called: list[int] = []
+    model.lm_head.register_forward_hook(lambda module, args, output: called.append(output.shape[1]))
+    length = 2 * DecoderStep._PAID_BY
+    generate(model, ids, max_new_tokens=length)
+    assert called == [1] * length
+
+
 def test_a_prefix_is_continued_by_beams_that_share(steps: list[int]) -> None:
     model, ids = endless(), source_batch()
     prefix = torch.tensor([[1, 8, 9], [1, 5, 5], [1, 30, 4]])
@@ -272,7 +302,7 @@ def test_new_weights_are_seen_by_the_next_call_and_by_who_goes_on_with_a_cache()
         ).logits
         # Keys and values of before, everything else of now.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cache, "step", DecoderStep(model.model.decoder))
+            patch.setattr(cache, "step", DecoderStep(model.model.decoder, model.lm_head))
             states = model.get_encoder()(ids)
             stepped = model(
                 encoder_outputs=states,
