@@ -6,6 +6,7 @@
     python benchmarks/multi30k.py report runs --json multi30k.json     # the test set, beside published figures
     python benchmarks/multi30k.py report runs --unfinished             # also runs that have not ended yet
     python benchmarks/multi30k.py captions captions.de.gz tok          # plain captions as that text, for pre-training
+    python benchmarks/multi30k.py run multi30k runs --arms pretrained --pretrained FOLDER
 
 DATA is a folder with train, val and test_2016_flickr as {split}.lc.norm.tok.{en,de,fr}[.gz]: lower-cased, normalised
 and tokenised by the authors of the public multi30k/dataset repository. A run that was stopped goes on from its last
@@ -49,16 +50,31 @@ from sparseq.training.text import translate_text
 
 @dataclass(frozen=True)
 class Arm:
-    """A recipe with changes; its runs lie in the folders FOLDER-TARGET-SEED."""
+    """A recipe with changes; its runs lie in the folders FOLDER-TARGET-SEED.
+
+    Attributes:
+        starts: Whether it goes on from the weights of `run --pretrained`.
+    """
 
     folder: str
     recipe: str
     overrides: tuple[str, ...] = ()
+    starts: bool = False
 
 
 ARMS = {
     "paper": Arm("tiny-2021", "transformer-tiny-2021"),
     "sparse": Arm("sparse", "tiny-sparse", ("model.router_balancing=loss_free", "model.router_scoring=sigmoid")),
+    "pretrained": Arm(
+        "pretrained",
+        "finetune",
+        (
+            *("model.dropout=0.3", "training.learning_rate=2e-3", "training.lr_scheduler=cosine"),
+            *("training.max_steps=3000", "training.save_steps=50", "training.eval_steps=100"),
+            "training.average_checkpoints=10",
+        ),
+        starts=True,
+    ),
 }
 SOURCE, TARGETS = "en", ("de", "fr")
 SPLITS = {"train": "train.lc.norm.tok", "val": "val.lc.norm.tok", "test": "test_2016_flickr.lc.norm.tok"}
@@ -74,6 +90,12 @@ RESAMPLES = 1000
 
 def run(args: argparse.Namespace) -> None:
     """Train, translate and score every arm with every target and seed that is not finished yet."""
+    missing = [arm for arm in args.arms if ARMS[arm].starts and args.pretrained is None]
+    if missing:
+        raise SystemExit(
+            f"arm {missing[0]} goes on from a pre-trained model: name it with --pretrained (docs/results.md has the "
+            f"command that makes one), or leave the arm out"
+        )
     for seed in args.seeds:
         for target in args.targets:
             for arm in args.arms:
@@ -81,16 +103,18 @@ def run(args: argparse.Namespace) -> None:
                 if (folder / "results.json").is_file():
                     print(f"{folder} is finished")
                     continue
-                recipe = arm_recipe(ARMS[arm], args.data, target, seed)
+                recipe = arm_recipe(ARMS[arm], args.data, target, seed, args.pretrained)
                 print(f"{folder}: recipe {recipe.name} {' '.join(ARMS[arm].overrides)}", flush=True)
                 train(recipe, folder, bootstrap=RESAMPLES)
 
 
-def arm_recipe(arm: Arm, data: Path, target: str, seed: int) -> Recipe:
+def arm_recipe(arm: Arm, data: Path, target: str, seed: int, pretrained: Path | None = None) -> Recipe:
     """The recipe of one run."""
     places = {"folder": data, "source": SOURCE, "target": target}
     places |= {"train": SPLITS["train"], "validation": SPLITS["val"], "test": SPLITS["test"]}
     changes = [f"data.{key}={value}" for key, value in places.items()]
+    if arm.starts:
+        changes.append(f"start.checkpoint={pretrained}")
     return load_recipe(arm.recipe, [*arm.overrides, *changes, f"seed={seed}"])
 
 
@@ -316,7 +340,11 @@ def main() -> None:
     part.set_defaults(function=run)
     part.add_argument("data", type=Path, metavar="DATA", help="folder of the tokenised captions")
     part.add_argument("output", type=Path, metavar="RUNS", help="folder for the runs")
-    part.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
+    from_random = [name for name, arm in ARMS.items() if not arm.starts]
+    part.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=from_random, help="default: those from random weights"
+    )
+    part.add_argument("--pretrained", type=Path, metavar="FOLDER", help="what `sparseq pretrain` wrote, for that arm")
     part.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
     part.add_argument("--seeds", nargs="+", type=int, default=[1], metavar="SEED", help="default: 1")
     part = commands.add_parser("report", help="score what is finished")

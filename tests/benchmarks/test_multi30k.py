@@ -49,9 +49,22 @@ def test_the_paper_s_arm_is_the_recipe_on_the_tokenised_text(multi30k: Any) -> N
 
 
 def test_every_arm_s_recipe_holds_and_no_two_share_a_folder(multi30k: Any) -> None:
-    recipes = [multi30k.arm_recipe(arm, Path("captions"), "de", 1).to_dict() for arm in multi30k.ARMS.values()]
+    recipes = [
+        multi30k.arm_recipe(arm, Path("captions"), "de", 1, Path("pretrained")).to_dict()
+        for arm in multi30k.ARMS.values()
+    ]
     assert recipes[0] != recipes[1]
     assert len({arm.folder for arm in multi30k.ARMS.values()}) == len(multi30k.ARMS)
+    starts = [recipe["start"]["checkpoint"] for recipe in recipes if "start" in recipe]
+    assert starts == ["pretrained"]
+
+
+def test_an_arm_that_goes_on_from_a_model_asks_for_it(
+    multi30k: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match="arm pretrained .* --pretrained"):
+        call(multi30k, monkeypatch, "run", tmp_path, tmp_path / "runs", "--arms", "paper", "pretrained")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
