@@ -62,7 +62,7 @@ def test_every_arm_s_recipe_holds_and_no_two_share_a_folder(multi30k: Any) -> No
 def test_an_arm_that_goes_on_from_a_model_asks_for_it(
     multi30k: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit, match="arm pretrained .* --pretrained"):
+    with pytest.raises(SystemExit, match=r"arm pretrained .* --pretrained"):
         call(multi30k, monkeypatch, "run", tmp_path, tmp_path / "runs", "--arms", "paper", "pretrained")
     assert not (tmp_path / "runs").exists()
 
