@@ -70,7 +70,7 @@ ARMS = {
         "finetune",
         (
             *("model.dropout=0.3", "training.learning_rate=2e-3", "training.lr_scheduler=cosine"),
-            *("training.max_steps=3000", "training.save_steps=50", "training.eval_steps=100"),
+            *("training.max_steps=2200", "training.save_steps=50", "training.eval_steps=100"),
             "training.average_checkpoints=10",
         ),
         starts=True,
