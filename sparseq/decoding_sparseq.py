@@ -240,7 +240,7 @@ class DecoderStep:
     """
 
     # Rows up to which a product gains by that, and steps that lose as much without it as it takes once.
-    _FEW_ROWS, _PAID_BY = 4, 12
+    _FEW_ROWS, _PAID_BY = 16, 12
 
     def __init__(self, decoder: SparseqDecoder, head: Any) -> None:
         self.decoder, self.head = decoder, head
