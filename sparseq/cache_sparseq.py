@@ -81,7 +81,9 @@ class TargetLayer(DynamicLayer):
 class Step(Protocol):
     """What computes one more token the short way."""
 
-    head_weight: torch.Tensor | None
+    @property
+    def head(self) -> Callable[..., torch.Tensor]:
+        """What makes logits of the states, given the model's `lm_head`."""
 
     def __call__(
         self,

@@ -43,10 +43,6 @@ _FORWARDS: dict[type[nn.Module], Any] = {
 }
 
 
-# A weight and its bias.
-_Weights = tuple[torch.Tensor, torch.Tensor | None]
-
-
 class AttentionStep:
     """An attention layer in one step of decoding, in which each query sees all keys but those that a mask hides."""
 
@@ -59,16 +55,12 @@ class AttentionStep:
         self.groups = attention.num_key_value_groups
         self.out = (attention.out_proj.weight, attention.out_proj.bias)
         inputs = [attention.q_proj] if is_cross_attention else [attention.q_proj, attention.k_proj, attention.v_proj]
-        self.inputs: list[_Weights] = [(each.weight, each.bias) for each in inputs]
+        self.inputs: list[tuple[torch.Tensor, torch.Tensor | None]] = [(each.weight, each.bias) for each in inputs]
         # In heads.
         self.sizes = [linear.out_features // self.head_dim for linear in inputs]
         if len(inputs) > 1 and attention.q_proj.weight.numel() <= self._FUSED:
             biases = [bias for _, bias in self.inputs if bias is not None]
             self.inputs = [(torch.cat([weight for weight, _ in self.inputs]), torch.cat(biases) if biases else None)]
-
-    def lay_out(self) -> None:
-        """As `DecoderStep`."""
-        self.inputs = [(_laid_out(weight), bias) for weight, bias in self.inputs]
 
     def over_target(
         self,
@@ -121,15 +113,9 @@ class MLPStep:
     """A dense feed-forward layer in one step of decoding."""
 
     def __init__(self, mlp: SparseqMLP) -> None:
-        self.up: _Weights = (mlp.up_proj.weight, mlp.up_proj.bias)
-        self.down: _Weights = (mlp.down_proj.weight, mlp.down_proj.bias)
-        self.gate: _Weights | None = None if mlp.gate_proj is None else (mlp.gate_proj.weight, mlp.gate_proj.bias)
+        self.up, self.down = (mlp.up_proj.weight, mlp.up_proj.bias), (mlp.down_proj.weight, mlp.down_proj.bias)
+        self.gate = None if mlp.gate_proj is None else (mlp.gate_proj.weight, mlp.gate_proj.bias)
         self.activation = mlp.act_fn.activation
-
-    def lay_out(self) -> None:
-        """As `DecoderStep`."""
-        self.up = (_laid_out(self.up[0]), self.up[1])
-        self.gate = None if self.gate is None else (_laid_out(self.gate[0]), self.gate[1])
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         inner = F.linear(states, *self.up)
@@ -150,11 +136,6 @@ class SparseMLPStep:
         self.has_gate, self.activation = mlp.experts.has_gate, mlp.experts.act_fn.activation
         # Weight and bias of the first and of the second projection of each expert that was chosen so far.
         self.used: dict[int, tuple[Any, ...]] = {}
-
-    def lay_out(self) -> None:
-        """As `DecoderStep`; experts stay as they are, since a token reads few of them."""
-        if self.shared is not None:
-            self.shared.lay_out()
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         flat = states.view(-1, states.shape[-1])
@@ -197,11 +178,6 @@ class LayerStep:
         self.mlp = MLPStep(layer.mlp) if isinstance(layer.mlp, SparseqMLP) else SparseMLPStep(layer.mlp)
         self.norms = (layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm)
 
-    def lay_out(self) -> None:
-        """As `DecoderStep`."""
-        for part in (self.self_attn, self.encoder_attn, self.mlp):
-            part.lay_out()
-
     def __call__(
         self,
         states: torch.Tensor,
@@ -222,32 +198,63 @@ class LayerStep:
         return third(within_float16(states + self.mlp(states)))
 
 
+class HeadStep:
+    """
+    The product of a step's states with the vocabulary's weight.
+
+    On the CPU it waits for that weight from memory as long as rows are few. With the numbers that one input is
+    multiplied by side by side, it comes several times as fast as with those that make one output; so it is laid out
+    like that when this has been missed for as long as it takes. It is a copy, made for one call of generate().
+    """
+
+    # Rows up to which it gains, steps by which it would have paid, numbers up to which it is worth its memory.
+    _FEW_ROWS, _PAID_BY, _LARGEST = 16, 16, 1 << 25
+
+    def __init__(self) -> None:
+        self.weight: torch.Tensor | None = None
+        self._steps = 0
+        # What the copy is of.
+        self._state: tuple[int, int] | None = None
+
+    def __call__(self, head: Any, states: torch.Tensor) -> torch.Tensor:
+        """What `head` makes of `(R, 1, H)`."""
+        self._steps += 1
+        if self._steps == self._PAID_BY and states.shape[0] <= self._FEW_ROWS and self._serves(head, states):
+            self.weight, self._state = head.weight.detach().t().contiguous().t(), _state_of(head.weight)
+        if self.weight is not None and self._serves(head, states) and self._state == _state_of(head.weight):
+            return F.linear(states, self.weight)
+        logits: torch.Tensor = head(states)
+        return logits
+
+    def _serves(self, head: Any, states: torch.Tensor) -> bool:
+        """Whether calling `head` is a product with a weight that would be read faster."""
+        is_linear = type(head) is nn.Linear
+        if not is_linear or head.bias is not None or not _is_ours(head):
+            return False
+        weight = head.weight
+        # Those of inference mode do not say when they are changed.
+        is_plain = weight.dtype == states.dtype == torch.float32 and weight.device.type == "cpu"
+        is_plain = is_plain and not weight.is_inference() and not torch.is_autocast_enabled("cpu")
+        return is_plain and weight.shape[0] >= 2 * weight.shape[1] and weight.numel() <= self._LARGEST
+
+
+def _state_of(weight: torch.Tensor) -> tuple[int, int]:
+    """Another one whenever a weight is replaced or changed."""
+    return id(weight), weight._version
+
+
 class DecoderStep:
     """
     The decoder for one more token of each row, in inference: the same as its `forward`, without what is the same at
     each step, and without calls of modules, each of which takes as long as a small product. It is made for one call of
     generate(), and holds some of the decoder's weights a second time.
-
-    On the CPU, where a step of few rows waits for weights from memory, those with more outputs than inputs are laid
-    out by their inputs after some steps: read like that, they come several times as fast.
-
-    Args:
-        decoder: The decoder.
-        head: What makes logits of its states.
-
-    Attributes:
-        head_weight: The weight of `head`, laid out so; None before that, and where `head` does more than a product.
     """
 
-    # Rows up to which a product gains by that, and steps that lose as much without it as it takes once.
-    _FEW_ROWS, _PAID_BY = 16, 12
-
-    def __init__(self, decoder: SparseqDecoder, head: Any) -> None:
-        self.decoder, self.head = decoder, head
+    def __init__(self, decoder: SparseqDecoder) -> None:
+        self.decoder = decoder
+        self.head = HeadStep()
         self.limit = decoder.position_limit()
         self.layers = [LayerStep(cast(SparseqDecoderLayer, layer)) for layer in decoder.layers]
-        self.head_weight: torch.Tensor | None = None
-        self._steps = 0
 
     @staticmethod
     def serves(decoder: SparseqDecoder) -> bool:
@@ -277,9 +284,6 @@ class DecoderStep:
             Hidden states `(R, 1, H)`.
         """
         decoder, limit = self.decoder, self.limit
-        self._steps += 1
-        if self._steps == self._PAID_BY and input_ids.shape[0] <= self._FEW_ROWS:
-            self._lay_out()
         past, beams = cache.get_seq_length(), cache.beams
         if limit is not None:
             decoder.check_length(past + 1)
@@ -303,25 +307,6 @@ class DecoderStep:
         if decoder.norm is not None:
             states = decoder.norm(states)
         return states.view(input_ids.shape[0], 1, -1)
-
-    def _lay_out(self) -> None:
-        for layer in self.layers:
-            layer.lay_out()
-        is_linear = type(self.head) is nn.Linear and _is_ours(self.head)
-        if is_linear and self.head.bias is None:
-            self.head_weight = _laid_out(self.head.weight)
-
-
-# Numbers of a weight up to which it is worth its memory.
-_LAID_OUT = 1 << 25
-
-
-def _laid_out(weight: torch.Tensor) -> torch.Tensor:
-    """The same weight with its outputs side by side in memory for each input; as it is, where that gains nothing."""
-    outputs, inputs = weight.shape
-    is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    gains = outputs >= 2 * inputs and weight.numel() <= _LAID_OUT
-    return weight.detach().t().contiguous().t() if is_plain and gains else weight
 
 
 def _bypassed(decoder: nn.Module) -> Iterator[nn.Module]:

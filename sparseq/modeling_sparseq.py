@@ -1926,8 +1926,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         # Imported here, because it imports this file.
         from .decoding_sparseq import DecoderStep
 
-        decoder = self.model.decoder
-        step = None if shows_more or not DecoderStep.serves(decoder) else DecoderStep(decoder, self.lm_head)
+        step = None if shows_more or not DecoderStep.serves(self.model.decoder) else DecoderStep(self.model.decoder)
         cache = SparseqCache(beams, step=step)
         _caches_with_steps.get([]).append(cache)
         if generation_config.is_assistant:
@@ -2012,7 +2011,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
             step = self._step(past_key_values, decoder_input_ids, kwargs)
             if step is not None:
                 states = step(decoder_input_ids, past_key_values, encoder_outputs.last_hidden_state, attention_mask)
-                logits = self._logits(states, step.head_weight)
+                logits = self._logits(states, step.head)
                 return SparseqStepOutput(logits=logits, past_key_values=past_key_values)
         if skip_logits and labels is None:
             raise ValueError("`skip_logits=True` computes logits at the labels' positions, so it needs `labels`")
@@ -2096,8 +2095,8 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         balances = self.config.router_balancing == "aux_loss"
         return self.config.router_aux_loss_coef if balances else 0.0, self.config.router_z_loss_coef
 
-    def _logits(self, states: torch.Tensor, head_weight: torch.Tensor | None = None) -> torch.Tensor:
-        logits = self.lm_head(states) if head_weight is None else F.linear(states, head_weight)
+    def _logits(self, states: torch.Tensor, step: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
+        logits = self.lm_head(states) if step is None else step(self.lm_head, states)
         return logits if self.final_logits_bias is None else logits + self.final_logits_bias
 
     @property

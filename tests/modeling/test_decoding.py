@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from sparseq import SparseqForConditionalGeneration
 from sparseq.cache_sparseq import SparseqCache, TargetLayer
-from sparseq.decoding_sparseq import DecoderStep
+from sparseq.decoding_sparseq import DecoderStep, HeadStep
 from sparseq.modeling_sparseq import SparseqAttention
 from tests.absent import run_without_package
 from tests.tiny import PAD, source_batch, tiny_model
@@ -109,34 +109,90 @@ def test_logits_of_steps_are_those_of_one_forward(kind: str) -> None:
     assert_close(torch.stack(output.logits, dim=1), expected, torch.float32)
 
 
+@pytest.fixture
+def heads(monkeypatch: pytest.MonkeyPatch) -> list[HeadStep]:
+    """Those that calls of generate() make."""
+    made: list[HeadStep] = []
+    original = HeadStep.__init__
+    monkeypatch.setattr(HeadStep, "__init__", lambda self: (made.append(self), original(self))[1])
+    return made
+
+
+LONG = 2 * HeadStep._PAID_BY
+
+
 @pytest.mark.parametrize("rows", [1, 4, 17])
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_laid_out_anew_give_the_logits_of_one_forward(
-    kind: str, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[DecoderStep] = []
-    original = DecoderStep.__init__
-    monkeypatch.setattr(DecoderStep, "__init__", lambda self, *args: (made.append(self), original(self, *args))[1])
+def test_a_head_laid_out_anew_gives_the_logits_of_one_forward(kind: str, rows: int, heads: list[HeadStep]) -> None:
     # As wide as it takes for outputs to be twice the inputs.
     model, ids = endless(**KINDS[kind], vocab_size=128), source_batch(((7, 4, 6, 5) * 5)[:rows])
-    length = 2 * DecoderStep._PAID_BY
-    output = generate(model, ids, output_logits=True, return_dict_in_generate=True, max_new_tokens=length)
+    output = generate(model, ids, output_logits=True, return_dict_in_generate=True, max_new_tokens=LONG)
     expected = model(input_ids=ids, decoder_input_ids=output.sequences[:, :-1]).logits
     assert_close(torch.stack(output.logits, dim=1), expected, torch.float32)
-    (step,) = made
-    assert (step.head_weight is not None) == (rows <= DecoderStep._FEW_ROWS)
-    if step.head_weight is not None:
-        assert torch.equal(step.head_weight, model.lm_head.weight)
-        assert step.head_weight.stride() == (1, len(step.head_weight))
+    (head,) = heads
+    assert (head.weight is not None) == (rows <= HeadStep._FEW_ROWS)
+    if head.weight is not None:
+        assert torch.equal(head.weight, model.lm_head.weight)
+        assert head.weight.stride() == (1, len(head.weight))
 
 
-def test_a_head_that_does_more_is_called_to_the_end() -> None:
-    model, ids = endless(vocab_size=128), source_batch((7,))
-    called: list[int] = []
-    model.lm_head.register_forward_hook(lambda module, args, output: called.append(output.shape[1]))
-    length = 2 * DecoderStep._PAID_BY
-    generate(model, ids, max_new_tokens=length)
-    assert called == [1] * length
+def hook_the_head(model: Any) -> None:
+    model.lm_head.register_forward_hook(lambda module, args, output: output.roll(1, dims=-1))
+
+
+def change_the_head(model: Any) -> None:
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.roll(1, dims=0))
+
+
+def replace_the_head(model: Any) -> None:
+    head = torch.nn.Linear(*model.lm_head.weight.T.shape, bias=True)
+    torch.nn.init.normal_(head.bias)
+    head.weight = torch.nn.Parameter(model.lm_head.weight.detach().roll(1, dims=0))
+    model.lm_head = head
+
+
+class At(LogitsProcessor):
+    """Does something to a model when it has written so many tokens."""
+
+    def __init__(self, length: int, do: Any, model: Any) -> None:
+        self.length, self.do, self.model = length, do, model
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] == self.length:
+            self.do(self.model)
+        return scores
+
+
+@pytest.mark.parametrize("change", [hook_the_head, change_the_head, replace_the_head])
+@pytest.mark.parametrize("length", [1, HeadStep._PAID_BY - 3, HeadStep._PAID_BY + 5])
+def test_a_head_that_changes_is_the_one_that_is_used(length: int, change: Any, heads: list[HeadStep]) -> None:
+    written = []
+    for has_cache in (True, False):
+        model, ids = endless(vocab_size=128), source_batch((7,))
+        at = LogitsProcessorList([At(length, change, model)])
+        written.append(generate(model, ids, max_new_tokens=LONG, logits_processor=at, use_cache=has_cache))
+    assert torch.equal(*written)
+    assert heads
+    unchanged = generate(endless(vocab_size=128), source_batch((7,)), max_new_tokens=LONG)
+    assert not torch.equal(written[0], unchanged), "the change has no effect"
+
+
+@pytest.mark.parametrize("kind", ["a bias", "bfloat16", "autocast", "few outputs", "large"])
+def test_a_head_is_left_as_it_is_where_that_gains_nothing(
+    kind: str, heads: list[HeadStep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = endless(vocab_size=60 if kind == "few outputs" else 128), source_batch((7,))
+    if kind == "a bias":
+        replace_the_head(model)
+    elif kind == "bfloat16":
+        model = model.to(torch.bfloat16)
+    elif kind == "large":
+        monkeypatch.setattr(HeadStep, "_LARGEST", 1000)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"):
+        generate(model, ids, max_new_tokens=LONG)
+    (head,) = heads
+    assert head.weight is None
 
 
 def test_a_prefix_is_continued_by_beams_that_share(steps: list[int]) -> None:
@@ -302,7 +358,7 @@ def test_new_weights_are_seen_by_the_next_call_and_by_who_goes_on_with_a_cache()
         ).logits
         # Keys and values of before, everything else of now.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cache, "step", DecoderStep(model.model.decoder, model.lm_head))
+            patch.setattr(cache, "step", DecoderStep(model.model.decoder))
             states = model.get_encoder()(ids)
             stepped = model(
                 encoder_outputs=states,
