@@ -60,8 +60,8 @@ def generate(input_ids, attention_mask):
   `present_key_i` and `present_value_i`.
 - `branching_step.onnx` is the step for beams, in which nothing is moved. It takes `tokens` `(R,)` int64; `position`
   `(1,)` int32, the number of tokens before these; `origins` `(B, R / B, capacity)` int32, in which row of its source
-  each of a row's tokens was fed; `past_key_i` and `past_value_i`, `({groups}R, {kv_heads}, capacity, {width})`; and
-  all that the encoder gives. A buffer has to be bound to a `past_*` and to its `present_*` (`io_binding`).
+  each of a row's tokens was fed; `past_key_i` and `past_value_i`, `(R, {kv_heads}, capacity, {width})`; and all that
+  the encoder gives. A buffer has to be bound to a `past_*` and to {presents} (`io_binding`).
 - `step_attention.onnx` and `branching_step_attention.onnx` give cross-attention besides, `attention` `(R, S)`;
   `likeliest.onnx` finds the likeliest tokens among logits.
 
@@ -114,7 +114,7 @@ class OnnxExport(ProgramExport):
             constants=program.constants,
             call=program.call,
             kv_heads=kv_heads,
-            groups="" if groups == 1 else f"{groups} * ",
+            presents=" and ".join(f"its `present{number or ''}_*`" for number in (0, *range(2, groups + 1))),
             width=padded_width(config.d_model // config.decoder_attention_heads),
             vocab_size=config.vocab_size,
             languages=language_note(tokenizer),

@@ -135,7 +135,7 @@ class TargetAttention(ABC):
 
     def __call__(
         self, states: str, name: str, attention: SparseqAttention, past: Sequence[str]
-    ) -> tuple[str, str, str]:
+    ) -> tuple[str, Sequence[Sequence[str]]]:
         """Self-attention over the tokens before.
 
         Args:
@@ -145,7 +145,7 @@ class TargetAttention(ABC):
             past: Keys and values as the graph's inputs; empty names where there are none.
 
         Returns:
-            States `(N, H)`, keys and values with those of the new tokens.
+            States `(N, H)`; keys and values with those of the new tokens, once or several times the same.
         """
         graph, shape = self.graph, Shape.of(attention)
         heads, kv_heads, _, width = shape
@@ -164,13 +164,15 @@ class TargetAttention(ABC):
         elif not self._takes_packed:
             sizes = graph.constant([heads * width, kv_heads * width, kv_heads * width])
             query, key, value = graph.node_of_many("Split", query, sizes, outputs=3, axis=-1)
-        states, keys, values = self._attend(query, key, value, past, shape)
+        states, caches = self._attend(query, key, value, past, shape)
         states = graph.node("Reshape", states, graph.constant([-1, heads * width]))
-        return _project_out(self.layers, states, name, attention, head_rows(heads)), keys, values
+        return _project_out(self.layers, states, name, attention, head_rows(heads)), caches
 
     @abstractmethod
-    def _attend(self, query: str, key: str, value: str, past: Sequence[str], shape: Shape) -> tuple[str, str, str]:
-        """The heads' outputs, `(N, A * P)` in any shape, of queries, keys and values `(R, T, heads * P)`."""
+    def _attend(
+        self, query: str, key: str, value: str, past: Sequence[str], shape: Shape
+    ) -> tuple[str, Sequence[Sequence[str]]]:
+        """The heads' outputs, `(N, A * P)` in any shape, of queries, keys and values `(R, T, heads * P)`; caches."""
 
 
 class RowAttention(TargetAttention):
@@ -188,8 +190,10 @@ class RowAttention(TargetAttention):
         self.past_lengths = past_lengths
         self.total_length = total_length
 
-    def _attend(self, query: str, key: str, value: str, past: Sequence[str], shape: Shape) -> tuple[str, str, str]:
-        states, keys, values = self.graph.node_of_many(
+    def _attend(
+        self, query: str, key: str, value: str, past: Sequence[str], shape: Shape
+    ) -> tuple[str, Sequence[Sequence[str]]]:
+        states, *cache = self.graph.node_of_many(
             *("GroupQueryAttention", query, key, value, *past, self.past_lengths, self.total_length),
             outputs=3,
             domain=MICROSOFT,
@@ -197,14 +201,14 @@ class RowAttention(TargetAttention):
             kv_num_heads=shape.kv_heads,
             scale=shape.head_dim**-0.5,
         )
-        return states, keys, values
+        return states, [cache]
 
 
 class BranchingAttention(TargetAttention):
     """Each row over the tokens that it descends from, which lie in the caches of the rows that were fed them.
 
-    `DecoderMaskedMultiHeadAttention` knows no groups: query heads that share a key-value head are taken for further
-    rows, `(R * A / K, K, capacity, P)`, of which all but the first of a group only write.
+    `DecoderMaskedMultiHeadAttention` knows no groups, so there is one for each query head of a group. All of them read
+    and write the same keys and values, for which the graph has as many outputs.
 
     Args:
         position: `(1,)` int32, how many tokens each row has by now.
@@ -215,54 +219,38 @@ class BranchingAttention(TargetAttention):
         super().__init__(layers, rows, rotary)
         self.position = position
         self.origins = origins
-        self._indirections: dict[int, tuple[str, str]] = {}
+        beams = self.graph.node("Shape", origins, start=1, end=2)
+        self._beams = self.graph.node("Cast", beams, to=TensorProto.INT32)
 
-    def _attend(self, query: str, key: str, value: str, past: Sequence[str], shape: Shape) -> tuple[str, str, str]:
+    def _attend(
+        self, query: str, key: str, value: str, past: Sequence[str], shape: Shape
+    ) -> tuple[str, Sequence[Sequence[str]]]:
         graph, (heads, kv_heads, head_dim, width) = self.graph, shape
         groups = heads // kv_heads
+        queries = [query]
         if groups > 1:
-            query = self._regroup(query, kv_heads, groups, width, [-1, 1, kv_heads * width])
-            key, value = (self._repeat(part, groups, kv_heads * width) for part in (key, value))
-        states, keys, values = graph.node_of_many(
-            *("DecoderMaskedMultiHeadAttention", query, key, value, "", "", *past, self.position),
-            *self._indirection(groups),
-            outputs=3,
-            domain=MICROSOFT,
-            num_heads=kv_heads,
-            scale=head_dim**-0.5,
-            past_present_share_buffer=1,
-        )
+            by_group = graph.node("Reshape", query, graph.constant([-1, kv_heads, groups, width]))
+            parts = graph.node_of_many("Split", by_group, outputs=groups, axis=2, num_outputs=groups)
+            one_token = graph.constant([-1, 1, kv_heads * width])
+            queries = [graph.node("Reshape", part, one_token) for part in parts]
+        outputs, caches = [], []
+        for one in queries:
+            states, *cache = graph.node_of_many(
+                *("DecoderMaskedMultiHeadAttention", one, key, value, "", "", *past, self.position),
+                *(self._beams, self.origins),
+                outputs=3,
+                domain=MICROSOFT,
+                num_heads=kv_heads,
+                scale=head_dim**-0.5,
+                past_present_share_buffer=1,
+            )
+            outputs.append(states)
+            caches.append(cache)
+        states = outputs[0]
         if groups > 1:
-            states = self._regroup(states, groups, kv_heads, width, [-1, 1, heads * width])
-        return states, keys, values
-
-    def _regroup(self, states: str, first: int, second: int, width: int, shape: list[int]) -> str:
-        """Heads `(first, second)` of each row in the order `(second, first)`, reshaped."""
-        split = self.graph.node("Reshape", states, self.graph.constant([-1, first, second, width]))
-        return self.graph.node(
-            "Reshape", self.graph.node("Transpose", split, perm=[0, 2, 1, 3]), self.graph.constant(shape)
-        )
-
-    def _repeat(self, states: str, times: int, width: int) -> str:
-        """Each row of `(R, 1, width)` so many times."""
-        spread = self.graph.node("Expand", states, self.graph.constant([1, times, 1]))
-        return self.graph.node("Reshape", spread, self.graph.constant([-1, 1, width]))
-
-    def _indirection(self, groups: int) -> tuple[str, str]:
-        """The number of rows of a source `(1,)` int32, and `origins`, for `groups` rows of each."""
-        if groups not in self._indirections:
-            graph, origins = self.graph, self.origins
-            if groups > 1:
-                firsts = graph.node("Mul", origins, graph.constant(groups, np.int32))
-                spread = graph.node("Unsqueeze", firsts, graph.constant([2]))
-                spread = graph.node("Expand", spread, graph.constant([1, 1, groups, 1]))
-                shape = graph.node(
-                    "Concat", graph.constant([0, -1]), graph.node("Shape", origins, start=2, end=3), axis=0
-                )
-                origins = graph.node("Reshape", spread, shape)
-            number = graph.node("Cast", graph.node("Shape", origins, start=1, end=2), to=TensorProto.INT32)
-            self._indirections[groups] = number, origins
-        return self._indirections[groups]
+            split = graph.constant([-1, kv_heads, 1, width])
+            states = graph.node("Concat", *(graph.node("Reshape", one, split) for one in outputs), axis=2)
+        return states, caches
 
 
 def _project_out(

@@ -77,6 +77,8 @@ def export_graphs(
                 for name, graph in written.items()
             },
             "config": config,
+            # By which files that are cut off are found before they are needed.
+            "bytes": {path.name: path.stat().st_size for path in sorted(partial.iterdir())},
         }
         (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -85,8 +87,8 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     """What `export_graphs` says of its files.
 
     Raises:
-        FileNotFoundError: The folder holds no graphs.
-        ValueError: They are in another format, or the record is damaged.
+        FileNotFoundError: The folder holds no graphs, or not all of them.
+        ValueError: They are in another format, or a file is damaged.
     """
     path = Path(folder) / _RECORD
     if not path.is_file():
@@ -97,6 +99,10 @@ def read_record(folder: str | Path) -> dict[str, Any]:
             f"{path} is in format {record['format']}, but this version of Sparseq reads format {GRAPH_FORMAT}: export "
             "the model anew."
         )
+    for name, size in record["bytes"].items():
+        found = path.with_name(name).stat().st_size
+        if found != size:
+            raise ValueError(f"{path.with_name(name)} has {found:,} bytes, but was written with {size:,}")
     return record
 
 

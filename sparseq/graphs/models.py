@@ -132,9 +132,9 @@ class ModelGraphs:
 
         Inputs `tokens` `(R,)` int64, the rows of a source side by side; `position` `(1,)` int32, how many tokens each
         row has before this one; `origins` `(B, R / B, capacity)` int32, in which row of its source each of these
-        tokens was fed; `past_key_i` and `past_value_i` `(R * A / K, K, capacity, P)` of each decoder layer, buffers
-        that are also given for `present_key_i` and `present_value_i`; and what the encoder gives. Outputs as those of
-        `step`.
+        tokens was fed; `past_key_i` and `past_value_i` `(R, K, capacity, P)` of each decoder layer; and what the
+        encoder gives. Outputs as those of `step`; where heads are grouped there is a further `present2_key_i` and so
+        on for each further query head of a group. The buffers that are given as past are to be given for all of them.
         """
         graph = Graph("branching_step", self.weights)
         layers = Layers(graph, self.config, self.operators)
@@ -143,7 +143,7 @@ class ModelGraphs:
         rows, rotary = graph.constant([0, 1, -1]), self._rotary(graph, position)
         attention = BranchingAttention(layers, rows, rotary, position, origins)
         cross = self._cross_attention(layers)
-        dims = {"past": ("rows", "capacity"), "present": ("rows", "capacity")}
+        dims = {"past": ("R", "capacity"), "present": ("R", "capacity")}
         states = self._decode(
             layers, _Target(tokens, position), attention, cross, **dims, gives_attention=gives_attention
         )
@@ -261,8 +261,9 @@ class ModelGraphs:
             name = f"decoder.layers.{index}"
             norm = f"{name}.self_attn_layer_norm", layer.self_attn_layer_norm
             before = self._cache_inputs(graph, "past", index, past) if past is not None else ("", "")
-            output, *caches = self_attention(layers.enter(states, *norm), f"{name}.self_attn", layer.self_attn, before)
-            self._write_cache(graph, "present", index, present, caches)
+            output, caches = self_attention(layers.enter(states, *norm), f"{name}.self_attn", layer.self_attn, before)
+            for number, cache in enumerate(caches):
+                self._write_cache(graph, f"present{number + 1 if number else ''}", index, present, cache)
             states = layers.leave(states, output, *norm)
 
             norm = f"{name}.encoder_attn_layer_norm", layer.encoder_attn_layer_norm

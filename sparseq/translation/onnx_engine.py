@@ -24,7 +24,7 @@ class _State(ABC):
     Attributes:
         per_source: Rows of each source.
         source: What the encoder gave, by the name of its output: mask, cross keys and values.
-        cache: Keys and values of all layers, `(layers * 2, caches or more, K, capacity, P)`.
+        cache: Keys and values of all layers, `(layers * 2, R or more, K, capacity, P)`.
         length: Tokens of each row.
         bindings: What each session reads and writes, by the session's name; made anew when an array is replaced.
     """
@@ -38,7 +38,6 @@ class _State(ABC):
         self.cache = cache
         self.length = 0
         self.bindings: dict[str, _Binding] = {}
-        self._caches_per_source = cache.shape[1] // self.sources
 
     @property
     def sources(self) -> int:
@@ -49,11 +48,6 @@ class _State(ABC):
     def rows(self) -> int:
         """R."""
         return self.sources * self.per_source
-
-    @property
-    def caches(self) -> int:
-        """How many keys and values of one layer there are."""
-        return self.sources * self._caches_per_source
 
     @property
     @abstractmethod
@@ -72,8 +66,7 @@ class _State(ABC):
 
     def select(self, sources: np.ndarray) -> None:
         """Keep these sources."""
-        each = self._caches_per_source
-        kept = (sources[:, None] * each + np.arange(each)).reshape(-1)
+        kept = (sources[:, None] * self.per_source + np.arange(self.per_source)).reshape(-1)
         for place, old in enumerate(kept.tolist()):
             if place != old:
                 self.cache[:, place, :, : self.length] = self.cache[:, old, :, : self.length]
@@ -83,8 +76,8 @@ class _State(ABC):
     def _grow(self, capacity: int) -> None:
         """Give the caches room for so many tokens."""
         layers, _, kv_heads, _, width = self.cache.shape
-        grown = np.empty((layers, self.caches, kv_heads, capacity, width), dtype=np.float32)
-        grown[:, :, :, : self.length] = self.cache[:, : self.caches, :, : self.length]
+        grown = np.empty((layers, self.rows, kv_heads, capacity, width), dtype=np.float32)
+        grown[:, :, :, : self.length] = self.cache[:, : self.rows, :, : self.length]
         self.cache = grown
         self.bindings.clear()
 
@@ -166,10 +159,13 @@ class _Binding:
             length = state.source["source_mask"].shape[1]
             self.attention = outputs["attention"] = np.empty((state.rows, length), dtype=np.float32)
         inputs = {"tokens": self._tokens, **state.inputs, **state.source}
-        for number, buffer in enumerate(state.cache):
-            name = f"{('key', 'value')[number % 2]}_{number // 2}"
-            # One buffer for both: new tokens are written into the past.
-            inputs[f"past_{name}"] = outputs[f"present_{name}"] = buffer[: state.caches]
+        caches = {
+            f"{('key', 'value')[number % 2]}_{number // 2}": buffer[: state.rows]
+            for number, buffer in enumerate(state.cache)
+        }
+        inputs |= {f"past_{name}": buffer for name, buffer in caches.items()}
+        # One buffer for both: new tokens are written into the past.
+        outputs |= {name: caches[name.partition("_")[2]] for name in shapes if name.startswith("present")}
         # Values do not own the arrays they are made of.
         self._arrays = (inputs, outputs)
         self._binding = session.io_binding()
@@ -193,7 +189,7 @@ class OnnxEngine:
 
     Raises:
         FileNotFoundError: The folder holds no graphs.
-        ValueError: They are of another version, or ONNX Runtime cannot read them.
+        ValueError: They are of another version or damaged, or ONNX Runtime cannot read them.
     """
 
     def __init__(self, folder: str | Path, threads: int | None = None):
@@ -206,15 +202,13 @@ class OnnxEngine:
         self.max_source_length: int | None = limit
         self.max_target_length: int | None = limit
         self._sessions: dict[str, ort.InferenceSession] = {}
-        # What each batch needs, so that damaged files are found now.
+        # What each batch needs; of the steps, each when it is needed, since it holds the weights once more.
         for name in ("encoder", "likeliest"):
             self._session(name)
-        step = self._session("step")
         # (K, P) of each layer's keys and values.
-        caches = [value for value in step.get_inputs() if value.name.startswith("past_key_")]
-        self._layers = len(caches)
-        self._kv_heads, self._width = caches[0].shape[1], caches[0].shape[3]
-        self._groups = config["decoder_attention_heads"] // self._kv_heads
+        inputs = self._record["graphs"]["step"]["inputs"]
+        caches = [shape for name, (_, shape) in inputs.items() if name.startswith("past_key_")]
+        self._layers, (_, self._kv_heads, _, self._width) = len(caches), caches[0]
 
     def start(
         self, input_ids: np.ndarray, attention_mask: np.ndarray, *, per_source: int = 1, branching: bool = False
@@ -229,8 +223,8 @@ class OnnxEngine:
         names = [output.name for output in encoder.get_outputs()]
         feed = {"input_ids": input_ids, "attention_mask": attention_mask}
         source = dict(zip(names, encoder.run(names, feed), strict=True))
-        caches = len(input_ids) * per_source * (self._groups if branching else 1)
-        cache = np.empty((2 * self._layers, caches, self._kv_heads, _ROOM, self._width), dtype=np.float32)
+        rows = len(input_ids) * per_source
+        cache = np.empty((2 * self._layers, rows, self._kv_heads, _ROOM, self._width), dtype=np.float32)
         return (_Branches if branching else _Rows)(source, per_source, cache)
 
     def step(

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # it is there without `as`
 from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedConfig
+from transformers.utils.versions import require_version
 
 from sparseq.loading import GENERATION_CONFIG, check_model_files, first_line, load_model
 from sparseq.model_folder import GRAPH_FOLDER
@@ -22,6 +23,8 @@ Precision = Literal["float32", "int8"]
 Runtime = Literal["auto", "onnx", "torch"]
 
 INSTALL = 'pip install "sparseq[onnx]"'
+# The first that has all operators of the graphs.
+_ONNX_RUNTIME = "1.31"
 
 _logger = logging.getLogger(__name__)
 
@@ -138,6 +141,8 @@ def _open_onnx(folder: Path, config: PreTrainedConfig, choice: Choice) -> tuple[
     for package in ("onnx", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"the package {package} is not installed: {INSTALL}.", name=package)
+    # An earlier one would fail at the first step.
+    require_version(f"onnxruntime>={_ONNX_RUNTIME}", hint=INSTALL)
     if config.model_type != "sparseq":
         raise ValueError(
             f"graphs are made of Sparseq models, and it is a model of type {config.model_type!r}: make a Sparseq "

@@ -68,16 +68,12 @@ class ExportedModel:
             str(self.folder / described["file"]), self.options, providers=["CPUExecutionProvider"]
         )
         encoded = self.run("encoder", input_ids=source, attention_mask=mask)
-        config = self.record["config"]
-        groups = config["decoder_attention_heads"] // (
-            config["decoder_num_key_value_heads"] or config["decoder_attention_heads"]
-        )
         rows, length = tokens.shape
         beams = rows // len(source)
         origins = np.zeros((len(source), beams, length), dtype=np.int32)
         buffers = {
             # What was never written is not read.
-            name: np.full((rows * groups, shape[1], length, shape[3]), np.nan, dtype=np.float32)
+            name: np.full((rows, shape[1], length, shape[3]), np.nan, dtype=np.float32)
             for name, (_, shape) in described["inputs"].items()
             if name.startswith("past_")
         }
@@ -92,9 +88,10 @@ class ExportedModel:
                 binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
             for name in ("logits", "attention"):
                 binding.bind_output(name)
-            for name, array in buffers.items():
-                present = name.replace("past", "present")
-                binding.bind_ortvalue_output(present, ort.OrtValue.ortvalue_from_numpy(array))
+            for name in described["outputs"]:
+                if name.startswith("present"):
+                    array = buffers["past_" + name.partition("_")[2]]
+                    binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
             session.run_with_iobinding(binding)
             for values, output in zip((logits, attention), binding.get_outputs(), strict=False):
                 values.append(output.numpy())

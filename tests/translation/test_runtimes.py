@@ -140,7 +140,7 @@ def test_an_export_that_was_killed_is_not_taken_for_whole(folder: Path, monkeypa
     assert translated(Translator.from_pretrained(folder, device="cpu")) == translated(slow)
 
 
-@pytest.mark.parametrize("name", ["weights.bin", "encoder.onnx", "likeliest.onnx", "graphs.json", None])
+@pytest.mark.parametrize("name", ["weights.bin", "encoder.onnx", "branching_step.onnx", "graphs.json", None])
 def test_damaged_graphs_are_made_anew(
     folder: Path, exported: list[Path], caplog: pytest.LogCaptureFixture, name: str | None
 ) -> None:
@@ -255,6 +255,16 @@ def test_without_the_packages_generate_decodes(
     with pytest.raises(ModuleNotFoundError, match=f"the package {package} is not installed") as error:
         Translator.from_pretrained(folder, runtime="onnx")
     assert error.value.name == package
+
+
+def test_an_earlier_onnxruntime_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(runtimes, "_ONNX_RUNTIME", "999")
+    with pytest.raises(ImportError, match=r"onnxruntime>=999 is required.*found onnxruntime==(.|\n)*pip install"):
+        Translator.from_pretrained(folder, runtime="onnx")
+    assert "generate()" in repr(Translator.from_pretrained(folder, device="cpu"))
+    assert "onnxruntime>=999 is required" in caplog.text
 
 
 def test_models_without_graphs_are_decoded_by_generate(
