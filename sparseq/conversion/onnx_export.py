@@ -58,16 +58,13 @@ def generate(input_ids, attention_mask):
 - `step.onnx` takes `tokens` `(R,)` int64, `past_lengths` `(R,)` and `total_length` `(1,)` int32, the numbers of tokens
   before these and with them, `past_key_i` and `past_value_i`, and all that the encoder gives. It gives `logits`,
   `present_key_i` and `present_value_i`.
-- `branching_step.onnx` is the step for beams, in which nothing is moved. It takes `tokens` `(R,)` int64; `position`
-  `(1,)` int32, the number of tokens before these; `origins` `(B, R / B, capacity)` int32, in which row of its source
-  each of a row's tokens was fed; `past_key_i` and `past_value_i`, `(R, {kv_heads}, capacity, {width})`; and all that
-  the encoder gives. A buffer has to be bound to a `past_*` and to {presents} (`io_binding`).
-- `step_attention.onnx` and `branching_step_attention.onnx` give cross-attention besides, `attention` `(R, S)`;
-  `likeliest.onnx` finds the likeliest tokens among logits.
+- `step_attention.onnx` gives cross-attention besides, `attention` `(R, S)`; `likeliest.onnx` finds the likeliest
+  tokens among logits.
 
-{languages}B sources are decoded in R rows, R = B times the number of beams, rows of one source side by side; what the
-encoder gives stays as it is, once for each source. Where one buffer `(R, {kv_heads}, capacity, {width})` is bound to a
-`past_*` of `step.onnx` and to its `present_*`, a step writes its token into it and copies nothing.
+{languages}B sources are decoded in R rows, R = B times the number of beams, rows of one source side by side. For
+beams, reorder the rows of `present_*`; what the encoder gives stays as it is, once for each source. Where one buffer
+`(R, {kv_heads}, capacity, {width})` is bound to a `past_*` and to its `present_*` (`io_binding`), a step writes its
+token into it and copies nothing.
 
 The weights of all graphs are in `weights.bin`, {stored}. graphs.json names all inputs
 and outputs and has the configuration, generation_config.json the settings of `generate()`, of which the program above
@@ -106,15 +103,12 @@ class OnnxExport(ProgramExport):
     @property
     def readme(self) -> str:
         config, tokenizer = self.checkpoint.config, self.checkpoint.tokenizer()
-        kv_heads: Any = config.decoder_num_key_value_heads
-        groups = config.decoder_attention_heads // kv_heads
         program = GreedyProgram.of(self.checkpoint.folder, self.checkpoint.generation_config, tokenizer)
         return _README.format(
             tokenizer=program.tokenizer,
             constants=program.constants,
             call=program.call,
-            kv_heads=kv_heads,
-            presents=" and ".join(f"its `present{number or ''}_*`" for number in (0, *range(2, groups + 1))),
+            kv_heads=config.decoder_num_key_value_heads,
             width=padded_width(config.d_model // config.decoder_attention_heads),
             vocab_size=config.vocab_size,
             languages=language_note(tokenizer),

@@ -1,11 +1,9 @@
 """Attention as nodes of a graph, by the fused operators of ONNX Runtime."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from onnx import TensorProto
 
 from ..modeling_sparseq import SparseqAttention
 from .heads import grouped_rows, head_rows, padded_width
@@ -115,40 +113,39 @@ class SourceAttention:
         return graph.node("ReduceMean", graph.node("Reshape", means, by_row), graph.constant([1]), keepdims=0)
 
 
-class TargetAttention(ABC):
+class TargetAttention:
     """The decoder's self-attention with its cache.
 
     Args:
         layers: Writes the linear layers.
         rows: The shape `(R, T, -1)`.
+        past_lengths: `(R,)` int32, how many tokens each row has in all but one.
+        total_length: `(1,)` int32, the most tokens that a row has.
         rotary: Cosines and sines, where positions are rotary.
     """
 
-    # Whether query, key and value may come in one piece.
-    _takes_packed = False
-
-    def __init__(self, layers: Layers, rows: str, rotary: Rotary | None):
+    def __init__(self, layers: Layers, rows: str, past_lengths: str, total_length: str, rotary: Rotary | None):
         self.layers = layers
-        self.graph = layers.graph
         self.rows = rows
+        self.past_lengths = past_lengths
+        self.total_length = total_length
         self.rotary = rotary
 
     def __call__(
         self, states: str, name: str, attention: SparseqAttention, past: Sequence[str]
-    ) -> tuple[str, Sequence[Sequence[str]]]:
-        """Self-attention over the tokens before.
+    ) -> tuple[str, str, str]:
+        """Causal self-attention.
 
         Args:
             states: `(N, H)`.
             name: Of the module.
             attention: The module.
-            past: Keys and values as the graph's inputs; empty names where there are none.
+            past: Keys and values `(R, K, past, P)`; empty names where there are none.
 
         Returns:
-            States `(N, H)`; keys and values with those of the new tokens, once or several times the same.
+            States `(N, H)`, keys and values with those of the new tokens.
         """
-        graph, shape = self.graph, Shape.of(attention)
-        heads, kv_heads, _, width = shape
+        graph, (heads, kv_heads, head_dim, width) = self.layers.graph, Shape.of(attention)
         projections = [
             Projection(f"{name}.{part}_proj", getattr(attention, f"{part}_proj"), head_rows(number))
             for part, number in (("q", heads), ("k", kv_heads), ("v", kv_heads))
@@ -156,101 +153,21 @@ class TargetAttention(ABC):
         query = graph.node("Reshape", self.layers.fused(states, f"{name}.qkv", projections), self.rows)
         key = value = ""
         if self.rotary is not None:
-            parts = graph.constant([(heads + kv_heads) * width, kv_heads * width])
-            turned, value = graph.node_of_many("Split", query, parts, outputs=2, axis=-1)
+            sizes = graph.constant([(heads + kv_heads) * width, kv_heads * width])
+            turned, value = graph.node_of_many("Split", query, sizes, outputs=2, axis=-1)
             turned = self.rotary.apply(graph, turned, heads + kv_heads)
-            parts = graph.constant([heads * width, kv_heads * width])
-            query, key = graph.node_of_many("Split", turned, parts, outputs=2, axis=-1)
-        elif not self._takes_packed:
-            sizes = graph.constant([heads * width, kv_heads * width, kv_heads * width])
-            query, key, value = graph.node_of_many("Split", query, sizes, outputs=3, axis=-1)
-        states, caches = self._attend(query, key, value, past, shape)
-        states = graph.node("Reshape", states, graph.constant([-1, heads * width]))
-        return _project_out(self.layers, states, name, attention, head_rows(heads)), caches
-
-    @abstractmethod
-    def _attend(
-        self, query: str, key: str, value: str, past: Sequence[str], shape: Shape
-    ) -> tuple[str, Sequence[Sequence[str]]]:
-        """The heads' outputs, `(N, A * P)` in any shape, of queries, keys and values `(R, T, heads * P)`; caches."""
-
-
-class RowAttention(TargetAttention):
-    """Each row over its own tokens, which it keeps in order: `(R, K, length, P)`.
-
-    Args:
-        past_lengths: `(R,)` int32, how many tokens each row has in all but one.
-        total_length: `(1,)` int32, the most tokens that a row has.
-    """
-
-    _takes_packed = True
-
-    def __init__(self, layers: Layers, rows: str, rotary: Rotary | None, past_lengths: str, total_length: str):
-        super().__init__(layers, rows, rotary)
-        self.past_lengths = past_lengths
-        self.total_length = total_length
-
-    def _attend(
-        self, query: str, key: str, value: str, past: Sequence[str], shape: Shape
-    ) -> tuple[str, Sequence[Sequence[str]]]:
-        states, *cache = self.graph.node_of_many(
+            sizes = graph.constant([heads * width, kv_heads * width])
+            query, key = graph.node_of_many("Split", turned, sizes, outputs=2, axis=-1)
+        states, keys, values = graph.node_of_many(
             *("GroupQueryAttention", query, key, value, *past, self.past_lengths, self.total_length),
             outputs=3,
             domain=MICROSOFT,
-            num_heads=shape.heads,
-            kv_num_heads=shape.kv_heads,
-            scale=shape.head_dim**-0.5,
+            num_heads=heads,
+            kv_num_heads=kv_heads,
+            scale=head_dim**-0.5,
         )
-        return states, [cache]
-
-
-class BranchingAttention(TargetAttention):
-    """Each row over the tokens that it descends from, which lie in the caches of the rows that were fed them.
-
-    `DecoderMaskedMultiHeadAttention` knows no groups, so there is one for each query head of a group. All of them read
-    and write the same keys and values, for which the graph has as many outputs.
-
-    Args:
-        position: `(1,)` int32, how many tokens each row has by now.
-        origins: `(B, R / B, capacity)` int32, which row of its source has each of a row's tokens.
-    """
-
-    def __init__(self, layers: Layers, rows: str, rotary: Rotary | None, position: str, origins: str):
-        super().__init__(layers, rows, rotary)
-        self.position = position
-        self.origins = origins
-        beams = self.graph.node("Shape", origins, start=1, end=2)
-        self._beams = self.graph.node("Cast", beams, to=TensorProto.INT32)
-
-    def _attend(
-        self, query: str, key: str, value: str, past: Sequence[str], shape: Shape
-    ) -> tuple[str, Sequence[Sequence[str]]]:
-        graph, (heads, kv_heads, head_dim, width) = self.graph, shape
-        groups = heads // kv_heads
-        queries = [query]
-        if groups > 1:
-            by_group = graph.node("Reshape", query, graph.constant([-1, kv_heads, groups, width]))
-            parts = graph.node_of_many("Split", by_group, outputs=groups, axis=2, num_outputs=groups)
-            one_token = graph.constant([-1, 1, kv_heads * width])
-            queries = [graph.node("Reshape", part, one_token) for part in parts]
-        outputs, caches = [], []
-        for one in queries:
-            states, *cache = graph.node_of_many(
-                *("DecoderMaskedMultiHeadAttention", one, key, value, "", "", *past, self.position),
-                *(self._beams, self.origins),
-                outputs=3,
-                domain=MICROSOFT,
-                num_heads=kv_heads,
-                scale=head_dim**-0.5,
-                past_present_share_buffer=1,
-            )
-            outputs.append(states)
-            caches.append(cache)
-        states = outputs[0]
-        if groups > 1:
-            split = graph.constant([-1, kv_heads, 1, width])
-            states = graph.node("Concat", *(graph.node("Reshape", one, split) for one in outputs), axis=2)
-        return states, caches
+        states = graph.node("Reshape", states, graph.constant([-1, heads * width]))
+        return _project_out(self.layers, states, name, attention, head_rows(heads)), keys, values
 
 
 def _project_out(

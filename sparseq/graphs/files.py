@@ -34,10 +34,9 @@ def export_graphs(
 ) -> None:
     """Write a model as ONNX graphs for ONNX Runtime.
 
-    The folder gets `encoder.onnx`, `prefill.onnx`, `step.onnx`, `branching_step.onnx`, these two again as
-    `step_attention.onnx` and `branching_step_attention.onnx` (which also give cross-attention) and `likeliest.onnx`,
-    whose inputs and outputs `ModelGraphs` describes; their weights, each stored once, in `weights.bin`; and
-    `graphs.json`, which names precision, configuration, inputs and outputs.
+    The folder gets `encoder.onnx`, `prefill.onnx`, `step.onnx`, `step_attention.onnx` (the step that also gives
+    cross-attention) and `likeliest.onnx`, whose inputs and outputs `ModelGraphs` describes; their weights, each stored
+    once, in `weights.bin`; and `graphs.json`, which names precision, configuration, inputs, outputs and sizes.
 
     Args:
         model: The model, of any type; its weights are taken in float32.
@@ -58,8 +57,6 @@ def export_graphs(
             "prefill": graphs.prefill(),
             "step": graphs.step(),
             "step_attention": graphs.step(gives_attention=True),
-            "branching_step": graphs.branching_step(),
-            "branching_step_attention": graphs.branching_step(gives_attention=True),
             "likeliest": graphs.likeliest(),
         }
         weights.close()

@@ -9,13 +9,13 @@ from onnx import TensorProto
 from ..configuration_sparseq import SparseqConfig
 from ..modeling_sparseq import SparseqDecoderLayer, SparseqEncoderLayer, SparseqForConditionalGeneration
 from .activations import check_activation
-from .attention import BranchingAttention, RowAttention, Shape, SourceAttention, TargetAttention
+from .attention import Shape, SourceAttention, TargetAttention
 from .experts import feed_forward
 from .heads import head_rows
 from .layers import Layers, Projection, array_of, parameters_of
 from .nodes import Graph, WeightFile
 from .operators import Operators
-from .positions import Rotary, position_vectors, rotary_tables
+from .positions import position_vectors, rotary_tables
 
 # Tokens that `ModelGraphs.likeliest` looks at together.
 _GROUP = 32
@@ -81,22 +81,22 @@ class ModelGraphs:
         layer, `present_key_i` and `present_value_i` `(R, K, T, P)`.
         """
         graph = Graph("prefill", self.weights)
-        layers = Layers(graph, self.config, self.operators)
         tokens = graph.input("tokens", "int64", ["R", "T"])
         number, length = graph.node("Shape", tokens, start=0, end=1), graph.node("Shape", tokens, start=1, end=2)
         total = graph.node("Cast", length, to=TensorProto.INT32)
-        past_lengths = graph.node("Expand", graph.node("Sub", total, graph.constant([1], np.int32)), number)
-        rows = graph.node("Concat", number, length, graph.constant([-1]), axis=0)
         places = _range(graph, length)
-        spread = graph.node("Expand", places, graph.node("Shape", tokens))
         target = _Target(
             tokens=graph.node("Reshape", tokens, graph.constant([-1])),
+            rows=graph.node("Concat", number, length, graph.constant([-1]), axis=0),
+            past_lengths=graph.node("Expand", graph.node("Sub", total, graph.constant([1], np.int32)), number),
+            total_length=total,
             places=places,
-            token_places=graph.node("Reshape", spread, graph.constant([-1])),
+            token_places=graph.node(
+                *("Reshape", graph.node("Expand", places, graph.node("Shape", tokens)), graph.constant([-1]))
+            ),
         )
-        attention = RowAttention(layers, rows, self._rotary(graph, places), past_lengths, total)
-        states = self._decode(layers, target, attention, self._cross_attention(layers), present=("R", "present"))
-        by_row = graph.node("Reshape", states, rows)
+        states = self._decode(graph, target, has_past=False, gives_attention=False)
+        by_row = graph.node("Reshape", states, target.rows)
         self._write_logits(graph, graph.node("Gather", by_row, graph.constant(-1), axis=1))
         return graph
 
@@ -113,40 +113,16 @@ class ModelGraphs:
         into it and nothing is copied; otherwise the present is the past and one token more.
         """
         graph = Graph("step", self.weights)
-        layers = Layers(graph, self.config, self.operators)
-        tokens, past_lengths = graph.input("tokens", "int64", ["R"]), graph.input("past_lengths", "int32", ["R"])
-        total = graph.input("total_length", "int32", [1])
-        places = graph.node("Sub", total, graph.constant([1], np.int32))
-        rows, rotary = graph.constant([0, 1, -1]), self._rotary(graph, places)
-        attention = RowAttention(layers, rows, rotary, past_lengths, total)
-        cross = self._cross_attention(layers)
-        dims = {"past": ("R", "past"), "present": ("R", "present")}
-        states = self._decode(
-            layers, _Target(tokens, places), attention, cross, **dims, gives_attention=gives_attention
+        total = "total_length"
+        target = _Target(
+            tokens=graph.input("tokens", "int64", ["R"]),
+            rows=graph.constant([0, 1, -1]),
+            past_lengths=graph.input("past_lengths", "int32", ["R"]),
+            total_length=graph.input(total, "int32", [1]),
+            places=graph.node("Sub", total, graph.constant([1], np.int32)),
+            token_places=None,
         )
-        self._write_logits(graph, states)
-        return graph
-
-    def branching_step(self, *, gives_attention: bool = False) -> Graph:
-        """As `step`, for rows that branch, as beams do: nothing is moved when one continues another.
-
-        Inputs `tokens` `(R,)` int64, the rows of a source side by side; `position` `(1,)` int32, how many tokens each
-        row has before this one; `origins` `(B, R / B, capacity)` int32, in which row of its source each of these
-        tokens was fed; `past_key_i` and `past_value_i` `(R, K, capacity, P)` of each decoder layer; and what the
-        encoder gives. Outputs as those of `step`; where heads are grouped there is a further `present2_key_i` and so
-        on for each further query head of a group. The buffers that are given as past are to be given for all of them.
-        """
-        graph = Graph("branching_step", self.weights)
-        layers = Layers(graph, self.config, self.operators)
-        tokens, position = graph.input("tokens", "int64", ["R"]), graph.input("position", "int32", [1])
-        origins = graph.input("origins", "int32", ["B", "beams", "capacity"])
-        rows, rotary = graph.constant([0, 1, -1]), self._rotary(graph, position)
-        attention = BranchingAttention(layers, rows, rotary, position, origins)
-        cross = self._cross_attention(layers)
-        dims = {"past": ("R", "capacity"), "present": ("R", "capacity")}
-        states = self._decode(
-            layers, _Target(tokens, position), attention, cross, **dims, gives_attention=gives_attention
-        )
+        states = self._decode(graph, target, has_past=True, gives_attention=gives_attention)
         self._write_logits(graph, states)
         return graph
 
@@ -226,48 +202,30 @@ class ModelGraphs:
             for part in parts
         ]
         for index in range(len(decoder_layers)):
-            self._write_cache(graph, "cross", index, ("B", "S"), by_head[2 * index : 2 * index + 2])
+            self._write_cache(graph, "cross", index, ["B", "S"], by_head[2 * index : 2 * index + 2])
 
     def _decoder_layers(self) -> list[SparseqDecoderLayer]:
         return list(cast(Iterable[SparseqDecoderLayer], self.model.model.decoder.layers))
 
-    def _cross_attention(self, layers: Layers) -> SourceAttention:
-        return SourceAttention(layers, layers.graph.input("source_mask", "int32", ["B", "S"]))
-
-    def _rotary(self, graph: Graph, places: str) -> Rotary | None:
-        """Cosines and sines of the decoder's positions, where they are rotary."""
-        rotary = self.model.model.decoder.rotary
-        return None if rotary is None else rotary_tables(graph, rotary, places, graph.constant([0]))
-
-    def _decode(
-        self,
-        layers: Layers,
-        target: "_Target",
-        self_attention: TargetAttention,
-        cross_attention: SourceAttention,
-        *,
-        present: tuple[str, str],
-        past: tuple[str, str] | None = None,
-        gives_attention: bool = False,
-    ) -> str:
-        """The decoder's output `(N, H)`; caches become outputs of the graph, and inputs where there is a past.
-
-        Args:
-            present, past: Rows and length of a cache.
-        """
-        graph, decoder = layers.graph, self.model.model.decoder
+    def _decode(self, graph: Graph, target: "_Target", *, has_past: bool, gives_attention: bool) -> str:
+        """The decoder's output `(N, H)`; caches become outputs of the graph."""
+        layers, decoder = Layers(graph, self.config, self.operators), self.model.model.decoder
+        cross_attention = SourceAttention(layers, graph.input("source_mask", "int32", ["B", "S"]))
+        rotary = None
+        if decoder.rotary is not None:
+            rotary = rotary_tables(graph, decoder.rotary, target.places, graph.constant([0]))
+        self_attention = TargetAttention(layers, target.rows, target.past_lengths, target.total_length, rotary)
         states = self._embed(layers, "decoder", target.tokens, target.places, target.token_places)
         for index, layer in enumerate(self._decoder_layers()):
             name = f"decoder.layers.{index}"
             norm = f"{name}.self_attn_layer_norm", layer.self_attn_layer_norm
-            before = self._cache_inputs(graph, "past", index, past) if past is not None else ("", "")
-            output, caches = self_attention(layers.enter(states, *norm), f"{name}.self_attn", layer.self_attn, before)
-            for number, cache in enumerate(caches):
-                self._write_cache(graph, f"present{number + 1 if number else ''}", index, present, cache)
+            past = self._cache_inputs(graph, "past", index, ["R", "past"]) if has_past else ("", "")
+            output, *present = self_attention(layers.enter(states, *norm), f"{name}.self_attn", layer.self_attn, past)
+            self._write_cache(graph, "present", index, ["R", "present"], present)
             states = layers.leave(states, output, *norm)
 
             norm = f"{name}.encoder_attn_layer_norm", layer.encoder_attn_layer_norm
-            key, value = self._cache_inputs(graph, "cross", index, ("B", "S"))
+            key, value = self._cache_inputs(graph, "cross", index, ["B", "S"])
             query = cross_attention.query(layers.enter(states, *norm), f"{name}.encoder_attn", layer.encoder_attn)
             output = cross_attention.attend(query, key, value, f"{name}.encoder_attn", layer.encoder_attn)
             states = layers.leave(states, output, *norm)
@@ -278,13 +236,13 @@ class ModelGraphs:
             states = self._feed_forward(layers, states, name, layer)
         return states if decoder.norm is None else layers.norm(states, "decoder.norm", decoder.norm)
 
-    def _cache_inputs(self, graph: Graph, name: str, layer: int, dims: tuple[str, str]) -> tuple[str, str]:
+    def _cache_inputs(self, graph: Graph, name: str, layer: int, dims: list[str]) -> tuple[str, str]:
         """Keys and values `(rows, K, length, P)` of one layer as inputs of a graph."""
         shape = self._cache_shape(*dims)
         key, value = (graph.input(f"{name}_{kind}_{layer}", "float32", shape) for kind in ("key", "value"))
         return key, value
 
-    def _write_cache(self, graph: Graph, name: str, layer: int, dims: tuple[str, str], values: Sequence[str]) -> None:
+    def _write_cache(self, graph: Graph, name: str, layer: int, dims: list[str], values: Sequence[str]) -> None:
         """Give keys and values of one layer out."""
         for kind, value in zip(("key", "value"), values, strict=True):
             graph.output(value, f"{name}_{kind}_{layer}", "float32", self._cache_shape(*dims))
@@ -304,17 +262,22 @@ class ModelGraphs:
 
 
 class _Target(NamedTuple):
-    """The N target tokens that a graph of the decoder takes.
+    """What a graph of the decoder knows of its N target tokens.
 
     Attributes:
         tokens: `(N,)`.
+        rows: The shape `(R, T, -1)`.
+        past_lengths, total_length: As the inputs of `ModelGraphs.step`.
         places: Positions `(T,)`.
         token_places: Which of them each token has, `(N,)`; None where they all have the only one.
     """
 
     tokens: str
+    rows: str
+    past_lengths: str
+    total_length: str
     places: str
-    token_places: str | None = None
+    token_places: str | None
 
 
 def _range(graph: Graph, length: str) -> str:

@@ -26,8 +26,8 @@ class StepOutput:
 class Engine(Protocol):
     """Encoder and decoder step with a cache.
 
-    A batch of B sources is decoded with `per_source` rows each, R = B * per_source, rows of one source side by side.
-    Cross keys and values are kept once a source, and never moved.
+    A batch of B sources is decoded with `beams` rows each, R = B * beams, rows of one source side by side. Cross
+    keys and values are kept once a source, and never moved.
 
     Attributes:
         vocab_size: V.
@@ -39,15 +39,8 @@ class Engine(Protocol):
     max_source_length: int | None
     max_target_length: int | None
 
-    def start(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, *, per_source: int = 1, branching: bool = False
-    ) -> Any:
-        """Run the encoder on `(B, S)` and return a decoding state with an empty self-attention cache.
-
-        Args:
-            per_source: Rows of each source.
-            branching: Whether a row may continue another one, as beams do.
-        """
+    def start(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, beams: int = 1) -> Any:
+        """Run the encoder on `(B, S)` and return a decoding state with an empty self-attention cache."""
         ...
 
     def step(
@@ -64,8 +57,8 @@ class Engine(Protocol):
         Args:
             state: Of `start`; changed in place.
             tokens: `(R,)` int64.
-            rows: For each new row the row of the former step that it continues, `(R,)` int64, of rows that branch;
-                None means that each continues itself. A row continues only rows of its own source.
+            rows: For each new row the row of the former step that it continues, `(R,)` int64 (beams that change
+                places); None means that each continues itself. A row continues only rows of its own source.
             candidates: Return that many likeliest tokens a row in place of all logits.
             attention: Return cross-attention as well.
         """

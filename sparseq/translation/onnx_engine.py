@@ -2,9 +2,8 @@
 
 import platform
 import re
-from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import onnxruntime as ort
@@ -18,131 +17,80 @@ from .engine import StepOutput
 _ROOM = 32
 
 
-class _State(ABC):
+@dataclass
+class _State:
     """One batch being decoded.
 
+    Rows lie in slots of the cache. A row that continues another takes over its slot where it is the first to do so;
+    only what several rows continue is copied, into slots whose rows ended, from where the two begin to differ. So
+    beams change places at the price of the last tokens of those that branch.
+
     Attributes:
-        per_source: Rows of each source.
+        beams: Rows of each source.
         source: What the encoder gave, by the name of its output: mask, cross keys and values.
         cache: Keys and values of all layers, `(layers * 2, R or more, K, capacity, P)`.
-        length: Tokens of each row.
+        slots: `(R,)`, the slot of each row. Slots of one source lie side by side, as its rows do.
+        in_order: Whether each row lies in the slot of its own number.
+        shared: `(B, beams, beams)`, how many first tokens two slots of a source are known to share.
+        length: Tokens that the cache holds of each row.
         bindings: What each session reads and writes, by the session's name; made anew when an array is replaced.
     """
 
-    # The graph that runs its steps.
-    graph: ClassVar[str]
+    beams: int
+    source: dict[str, np.ndarray]
+    cache: np.ndarray
+    slots: np.ndarray
+    shared: np.ndarray
+    in_order: bool = True
+    length: int = 0
+    bindings: dict[str, "_Binding"] = field(default_factory=dict)
 
-    def __init__(self, source: dict[str, np.ndarray], per_source: int, cache: np.ndarray) -> None:
-        self.source = source
-        self.per_source = per_source
-        self.cache = cache
-        self.length = 0
-        self.bindings: dict[str, _Binding] = {}
+    def continue_rows(self, rows: np.ndarray) -> None:
+        """Give each row the slot of the row that it continues, or a copy of it."""
+        parents = self.slots[rows]
+        slots, first = np.unique(parents, return_index=True)
+        if len(slots) < len(parents):
+            is_copy, is_free = np.ones(len(parents), dtype=bool), np.ones(len(parents), dtype=bool)
+            is_copy[first] = False
+            is_free[slots] = False
+            # A source has as many free slots as rows without one, and both are in the order of the sources.
+            (free,) = np.nonzero(is_free)
+            for slot, parent in zip(free.tolist(), parents[is_copy].tolist(), strict=True):
+                self._copy_slot(slot, parent)
+            parents[is_copy] = free
+        self.slots = parents
+        self.in_order = np.array_equal(parents, np.arange(len(parents)))
 
-    @property
-    def sources(self) -> int:
-        """B."""
-        return len(self.source["source_mask"])
+    def _copy_slot(self, slot: int, other: int) -> None:
+        """Make a slot hold what another slot of the same source holds."""
+        source, place = divmod(slot, self.beams)
+        shared, other_place = self.shared[source], other - source * self.beams
+        different = slice(shared[place, other_place], self.length)
+        self.cache[:, slot, :, different] = self.cache[:, other, :, different]
+        shared[place] = shared[other_place]
+        shared[:, place] = shared[:, other_place]
+        shared[place, other_place] = shared[other_place, place] = self.length
 
-    @property
-    def rows(self) -> int:
-        """R."""
-        return self.sources * self.per_source
-
-    @property
-    @abstractmethod
-    def inputs(self) -> dict[str, np.ndarray]:
-        """What the graph is told of a step, beside tokens, caches and sources."""
-
-    def prepare(self, rows: np.ndarray | None) -> None:
-        """Make everything ready for one more token of each row.
-
-        Args:
-            rows: The row that each continues; None for itself.
-        """
-        if self.length == self.cache.shape[3]:
-            self._grow(self.length + _ROOM)
-        self.length += 1
-
-    def select(self, sources: np.ndarray) -> None:
-        """Keep these sources."""
-        kept = (sources[:, None] * self.per_source + np.arange(self.per_source)).reshape(-1)
-        for place, old in enumerate(kept.tolist()):
-            if place != old:
-                self.cache[:, place, :, : self.length] = self.cache[:, old, :, : self.length]
-        self.source = {name: array[sources] for name, array in self.source.items()}
-        self.bindings.clear()
-
-    def _grow(self, capacity: int) -> None:
-        """Give the caches room for so many tokens."""
+    def make_room(self, number: int) -> None:
+        """Give the cache room for so many more tokens."""
         layers, _, kv_heads, _, width = self.cache.shape
-        grown = np.empty((layers, self.rows, kv_heads, capacity, width), dtype=np.float32)
-        grown[:, :, :, : self.length] = self.cache[:, : self.rows, :, : self.length]
+        grown = np.empty((layers, len(self.slots), kv_heads, self.length + number, width), dtype=np.float32)
+        grown[:, :, :, : self.length] = self.cache[:, : len(self.slots), :, : self.length]
         self.cache = grown
         self.bindings.clear()
 
-
-class _Rows(_State):
-    """Rows that each go on by themselves."""
-
-    graph = "step"
-
-    def __init__(self, source: dict[str, np.ndarray], per_source: int, cache: np.ndarray) -> None:
-        super().__init__(source, per_source, cache)
-        self._past_lengths = np.zeros(self.rows, dtype=np.int32)
-        self._total_length = np.zeros(1, dtype=np.int32)
-
-    @property
-    def inputs(self) -> dict[str, np.ndarray]:
-        return {"past_lengths": self._past_lengths, "total_length": self._total_length}
-
-    def prepare(self, rows: np.ndarray | None) -> None:
-        if rows is not None:
-            raise ValueError("These rows do not branch: start them with `branching=True`")
-        self._past_lengths[:] = self.length
-        self._total_length[:] = self.length + 1
-        super().prepare(rows)
-
     def select(self, sources: np.ndarray) -> None:
-        super().select(sources)
-        self._past_lengths = np.zeros(self.rows, dtype=np.int32)
-
-
-class _Branches(_State):
-    """Rows that branch, as beams do.
-
-    The keys and values of a token stay in the row that was fed it, and the rows that descend from it know which that
-    is. So a row takes another's place without anything being moved.
-    """
-
-    graph = "branching_step"
-
-    def __init__(self, source: dict[str, np.ndarray], per_source: int, cache: np.ndarray) -> None:
-        super().__init__(source, per_source, cache)
-        self._position = np.zeros(1, dtype=np.int32)
-        # By source, row and token: the row of the source that was fed it.
-        self._origins = np.zeros((self.sources, per_source, cache.shape[3]), dtype=np.int32)
-
-    @property
-    def inputs(self) -> dict[str, np.ndarray]:
-        return {"position": self._position, "origins": self._origins}
-
-    def prepare(self, rows: np.ndarray | None) -> None:
-        if rows is not None:
-            by_row = self._origins.reshape(self.rows, -1)[:, : self.length]
-            by_row[:] = by_row[rows]
-        self._position[:] = self.length
-        super().prepare(rows)
-        self._origins[:, :, self.length - 1] = np.arange(self.per_source)
-
-    def select(self, sources: np.ndarray) -> None:
-        super().select(sources)
-        self._origins = self._origins[sources]
-
-    def _grow(self, capacity: int) -> None:
-        super()._grow(capacity)
-        missing = capacity - self._origins.shape[2]
-        self._origins = np.pad(self._origins, [(0, 0), (0, 0), (0, missing)])
+        """Keep these sources, and move their slots together."""
+        kept = (sources[:, None] * self.beams + np.arange(self.beams)).reshape(-1)
+        for slot, old in enumerate(kept.tolist()):
+            if slot != old:
+                self.cache[:, slot, :, : self.length] = self.cache[:, old, :, : self.length]
+        moved = np.empty(len(self.slots), dtype=np.int64)
+        moved[kept] = np.arange(len(kept))
+        self.slots = moved[self.slots[kept]]
+        self.shared = self.shared[sources]
+        self.source = {name: array[sources] for name, array in self.source.items()}
+        self.bindings.clear()
 
 
 class _Binding:
@@ -150,22 +98,26 @@ class _Binding:
 
     def __init__(self, session: ort.InferenceSession, state: _State):
         self._session = session
-        self._tokens = np.zeros(state.rows, dtype=np.int64)
+        rows = len(state.slots)
+        self.tokens = np.zeros(rows, dtype=np.int64)
+        self.past_lengths = np.zeros(rows, dtype=np.int32)
+        self.total_length = np.zeros(1, dtype=np.int32)
         shapes = {output.name: output.shape for output in session.get_outputs()}
-        self.logits = np.empty((state.rows, shapes["logits"][1]), dtype=np.float32)
+        self.logits = np.empty((rows, shapes["logits"][1]), dtype=np.float32)
         self.attention: np.ndarray | None = None
         outputs = {"logits": self.logits}
         if "attention" in shapes:
-            length = state.source["source_mask"].shape[1]
-            self.attention = outputs["attention"] = np.empty((state.rows, length), dtype=np.float32)
-        inputs = {"tokens": self._tokens, **state.inputs, **state.source}
-        caches = {
-            f"{('key', 'value')[number % 2]}_{number // 2}": buffer[: state.rows]
-            for number, buffer in enumerate(state.cache)
+            self.attention = outputs["attention"] = np.empty((rows, state.source["source_mask"].shape[1]), np.float32)
+        inputs = {
+            "tokens": self.tokens,
+            "past_lengths": self.past_lengths,
+            "total_length": self.total_length,
+            **state.source,
         }
-        inputs |= {f"past_{name}": buffer for name, buffer in caches.items()}
-        # One buffer for both: new tokens are written into the past.
-        outputs |= {name: caches[name.partition("_")[2]] for name in shapes if name.startswith("present")}
+        for number, buffer in enumerate(state.cache):
+            name = f"{('key', 'value')[number % 2]}_{number // 2}"
+            # One buffer for both: the new token is written into the past.
+            inputs[f"past_{name}"] = outputs[f"present_{name}"] = buffer[:rows]
         # Values do not own the arrays they are made of.
         self._arrays = (inputs, outputs)
         self._binding = session.io_binding()
@@ -174,9 +126,11 @@ class _Binding:
         for name, array in outputs.items():
             self._binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
 
-    def run(self, tokens: np.ndarray) -> None:
-        """Append a token to each row; what comes of it is in `logits` and `attention`."""
-        self._tokens[:] = tokens
+    def run(self, tokens: np.ndarray, by_slot: np.ndarray | slice, length: int) -> None:
+        """Append a token to each row; what comes of it is in `logits` and `attention`, by slot."""
+        self.tokens[by_slot] = tokens
+        self.past_lengths[:] = length
+        self.total_length[:] = length + 1
         self._session.run_with_iobinding(self._binding)
 
 
@@ -189,7 +143,7 @@ class OnnxEngine:
 
     Raises:
         FileNotFoundError: The folder holds no graphs.
-        ValueError: They are of another version or damaged, or ONNX Runtime cannot read them.
+        ValueError: They are of another version, or ONNX Runtime cannot read them.
     """
 
     def __init__(self, folder: str | Path, threads: int | None = None):
@@ -202,17 +156,16 @@ class OnnxEngine:
         self.max_source_length: int | None = limit
         self.max_target_length: int | None = limit
         self._sessions: dict[str, ort.InferenceSession] = {}
-        # What each batch needs; of the steps, each when it is needed, since it holds the weights once more.
+        # What each batch needs, so that damaged files are found now.
         for name in ("encoder", "likeliest"):
             self._session(name)
+        step = self._session("step")
         # (K, P) of each layer's keys and values.
-        inputs = self._record["graphs"]["step"]["inputs"]
-        caches = [shape for name, (_, shape) in inputs.items() if name.startswith("past_key_")]
-        self._layers, (_, self._kv_heads, _, self._width) = len(caches), caches[0]
+        caches = [value for value in step.get_inputs() if value.name.startswith("past_key_")]
+        self._layers = len(caches)
+        self._kv_heads, self._width = caches[0].shape[1], caches[0].shape[3]
 
-    def start(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, *, per_source: int = 1, branching: bool = False
-    ) -> _State:
+    def start(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, beams: int = 1) -> _State:
         """As `Engine.start`.
 
         Raises:
@@ -223,9 +176,9 @@ class OnnxEngine:
         names = [output.name for output in encoder.get_outputs()]
         feed = {"input_ids": input_ids, "attention_mask": attention_mask}
         source = dict(zip(names, encoder.run(names, feed), strict=True))
-        rows = len(input_ids) * per_source
+        sources, rows = len(input_ids), len(input_ids) * beams
         cache = np.empty((2 * self._layers, rows, self._kv_heads, _ROOM, self._width), dtype=np.float32)
-        return (_Branches if branching else _Rows)(source, per_source, cache)
+        return _State(beams, source, cache, np.arange(rows), np.zeros((sources, beams, beams), dtype=np.int64))
 
     def step(
         self,
@@ -239,20 +192,26 @@ class OnnxEngine:
         """As `Engine.step`. What is returned may be overwritten by the next step.
 
         Raises:
-            ValueError: The target is longer than the model's learned positions, or the rows do not branch.
+            ValueError: The target is longer than the model's learned positions.
         """
         _check_length(state.length + 1, self.max_target_length, "target")
-        state.prepare(rows)
-        name = f"{state.graph}_attention" if attention else state.graph
+        if rows is not None:
+            state.continue_rows(rows)
+        if state.length == state.cache.shape[3]:
+            state.make_room(_ROOM)
+        name = "step_attention" if attention else "step"
         if name not in state.bindings:
             state.bindings[name] = _Binding(self._session(name), state)
         binding = state.bindings[name]
-        binding.run(tokens)
+        by_slot = slice(None) if state.in_order else state.slots
+        binding.run(tokens, by_slot, state.length)
+        state.length += 1
+        weights = None if binding.attention is None else binding.attention[by_slot]
         if not candidates:
-            return StepOutput(logits=binding.logits, attention=binding.attention)
+            return StepOutput(logits=binding.logits[by_slot], attention=weights)
         feed = {"logits": binding.logits, "number": np.array([candidates])}
         ids, log_probs = self._session("likeliest").run(["ids", "log_probs"], feed)
-        return StepOutput(candidate_ids=ids, candidate_log_probs=log_probs, attention=binding.attention)
+        return StepOutput(candidate_ids=ids[by_slot], candidate_log_probs=log_probs[by_slot], attention=weights)
 
     def select(self, state: _State, sources: np.ndarray) -> None:
         """As `Engine.select`."""

@@ -41,12 +41,9 @@ class RuntimeBackend:
         plan = make_plan(batch, settings, self._engine)
         if on_token is not None and plan.rows > 1:
             raise ValueError("Tokens are streamed with `num_beams=1` and `num_return_sequences=1` only.")
-        is_beam_search = plan.beams > 1
-        state = self._engine.start(
-            batch.input_ids, batch.attention_mask, per_source=plan.rows, branching=is_beam_search
-        )
+        state = self._engine.start(batch.input_ids, batch.attention_mask, beams=plan.rows)
         proposer = make_proposer(self._engine, batch.input_ids, state, plan, attention=attention)
-        search: Search = BeamSearch(plan) if is_beam_search else RowSearch(plan, on_token)
+        search: Search = BeamSearch(plan) if plan.beams > 1 else RowSearch(plan, on_token)
         ends, history = run_search(proposer, search, plan)
         return _hypotheses(batch, plan, ends, history)
 

@@ -32,8 +32,7 @@ def test_the_record_describes_what_the_graphs_take_and_give(tmp_path: Path) -> N
     export_graphs(model, tmp_path / "graphs")
     record = read_record(tmp_path / "graphs")
     assert (record["precision"], record["config"]["num_experts"]) == ("float32", 4)
-    steps = {"step", "step_attention", "branching_step", "branching_step_attention"}
-    assert set(record["graphs"]) == {"encoder", "prefill", "likeliest", *steps}
+    assert set(record["graphs"]) == {"encoder", "prefill", "step", "step_attention", "likeliest"}
     source = source_batch().numpy()
     graphs = ExportedModel(tmp_path / "graphs")
     lengths = {"B": 3, "S": 9, "R": 3, "present": 2}

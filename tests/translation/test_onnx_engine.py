@@ -64,8 +64,7 @@ def test_steps_reorders_and_selections_agree_with_the_model(
 ) -> None:
     generator = np.random.default_rng(beams)
     source = source_batch((9, 6, 8, 4))
-    branching = beams > 1
-    state = engine.start(source.numpy(), source.ne(0).long().numpy(), per_source=beams, branching=branching)
+    state = engine.start(source.numpy(), source.ne(0).long().numpy(), beams=beams)
     expected = Rows(model, source, beams)
     # Beyond the first capacity of the cache, and its double.
     for step in range(70):
@@ -75,7 +74,7 @@ def test_steps_reorders_and_selections_agree_with_the_model(
             expected.select(kept)
         sources = len(expected.source)
         tokens = generator.integers(3, VOCAB, sources * beams)
-        rows = drawn_rows(generator, sources, beams) if branching and step % 3 else None
+        rows = drawn_rows(generator, sources, beams) if step % 3 else None
         gives_attention = step % 4 == 1
         output = engine.step(state, tokens, rows=rows, attention=gives_attention)
         logits, attention = expected.step(tokens, rows)
@@ -85,18 +84,10 @@ def test_steps_reorders_and_selections_agree_with_the_model(
             np.testing.assert_allclose(output.attention, attention[:, : output.attention.shape[1]], atol=1e-5)
 
 
-def test_rows_that_do_not_branch_continue_themselves_only(engine: OnnxEngine) -> None:
-    source = source_batch().numpy()
-    state = engine.start(source, np.ones_like(source), per_source=2)
-    engine.step(state, np.arange(6) + 3)
-    with pytest.raises(ValueError, match="branching=True"):
-        engine.step(state, np.arange(6) + 3, rows=np.array([1, 1, 2, 3, 5, 4]))
-
-
 def test_candidates_are_the_likeliest_tokens_of_each_row(engine: OnnxEngine) -> None:
     source = source_batch()
     mask = source.ne(0).long().numpy()
-    states = [engine.start(source.numpy(), mask, per_source=2, branching=True) for _ in range(2)]
+    states = [engine.start(source.numpy(), mask, beams=2) for _ in range(2)]
     rows = np.array([1, 1, 2, 3, 5, 4])
     for given in (None, rows):
         tokens = np.arange(6) + 3
@@ -113,13 +104,13 @@ def test_nothing_of_a_batch_stays_when_it_is_done(engine: OnnxEngine) -> None:
     mask = source.ne(0).long().numpy()
 
     def decode() -> list[weakref.ref]:
-        state = engine.start(source.numpy(), mask, per_source=2, branching=True)
+        state = engine.start(source.numpy(), mask, beams=2)
         alive = [weakref.ref(state), *map(weakref.ref, state.source.values())]
         for step in range(40):
             if step == 20:
                 engine.select(state, np.array([0, 2]))
             alive.append(weakref.ref(state.cache))
-            alive.append(weakref.ref(engine.step(state, np.full(state.rows, 5)).logits))
+            alive.append(weakref.ref(engine.step(state, np.full(len(state.slots), 5)).logits))
         return alive
 
     # Freed at once, not when the collector of cycles comes by.

@@ -140,7 +140,7 @@ def test_an_export_that_was_killed_is_not_taken_for_whole(folder: Path, monkeypa
     assert translated(Translator.from_pretrained(folder, device="cpu")) == translated(slow)
 
 
-@pytest.mark.parametrize("name", ["weights.bin", "encoder.onnx", "branching_step.onnx", "graphs.json", None])
+@pytest.mark.parametrize("name", ["weights.bin", "encoder.onnx", "step_attention.onnx", "graphs.json", None])
 def test_damaged_graphs_are_made_anew(
     folder: Path, exported: list[Path], caplog: pytest.LogCaptureFixture, name: str | None
 ) -> None:

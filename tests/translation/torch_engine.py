@@ -15,8 +15,7 @@ class TorchState:
 
     input_ids: torch.Tensor
     mask: torch.Tensor
-    per_source: int
-    branching: bool
+    beams: int
     tokens: torch.Tensor
 
 
@@ -36,11 +35,9 @@ class TorchEngine:
         self.asked: list[int] = []
         self.row_counts: list[int] = []
 
-    def start(
-        self, input_ids: np.ndarray, attention_mask: np.ndarray, *, per_source: int = 1, branching: bool = False
-    ) -> TorchState:
-        tokens = torch.zeros(len(input_ids) * per_source, 0, dtype=torch.int64)
-        return TorchState(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), per_source, branching, tokens)
+    def start(self, input_ids: np.ndarray, attention_mask: np.ndarray, *, beams: int = 1) -> TorchState:
+        tokens = torch.zeros(len(input_ids) * beams, 0, dtype=torch.int64)
+        return TorchState(torch.from_numpy(input_ids), torch.from_numpy(attention_mask), beams, tokens)
 
     @torch.no_grad()
     def step(
@@ -53,16 +50,15 @@ class TorchEngine:
         attention: bool = False,
     ) -> StepOutput:
         if rows is not None:
-            assert state.branching
-            own = np.arange(len(rows)) // state.per_source
-            np.testing.assert_array_equal(rows // state.per_source, own, "a row continues only rows of its own source")
+            own = np.arange(len(rows)) // state.beams
+            np.testing.assert_array_equal(rows // state.beams, own, "a row continues only rows of its own source")
             state.tokens = state.tokens[torch.from_numpy(rows)]
         state.tokens = torch.cat([state.tokens, torch.from_numpy(tokens)[:, None]], dim=1)
         self.asked.append(candidates)
         self.row_counts.append(len(tokens))
         output = self.model(
-            input_ids=state.input_ids.repeat_interleave(state.per_source, dim=0),
-            attention_mask=state.mask.repeat_interleave(state.per_source, dim=0),
+            input_ids=state.input_ids.repeat_interleave(state.beams, dim=0),
+            attention_mask=state.mask.repeat_interleave(state.beams, dim=0),
             decoder_input_ids=state.tokens,
             use_cache=False,
             output_attentions=attention,
@@ -79,4 +75,4 @@ class TorchEngine:
         assert (np.diff(sources) > 0).all()
         kept = torch.from_numpy(sources)
         state.input_ids, state.mask = state.input_ids[kept], state.mask[kept]
-        state.tokens = state.tokens.unflatten(0, (-1, state.per_source))[kept].flatten(0, 1)
+        state.tokens = state.tokens.unflatten(0, (-1, state.beams))[kept].flatten(0, 1)
