@@ -3,7 +3,11 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 WINDOW_LINES = 2048
-"""Lines that are read, sorted by length and translated before the next ones are read."""
+"""Most lines that are read, sorted by length and translated before the next ones are read."""
+
+FIRST_LINES = 256
+"""As many lines has the first window, and each has twice as many as the one before: so translations come soon, and a
+run that is stopped early leaves some."""
 
 WINDOW_CHARACTERS = 2**22
 """A window is closed before `WINDOW_LINES` where its lines have so many characters, which bounds its memory."""
@@ -39,19 +43,23 @@ def fill_batches(
 
 
 def windows(
-    lines: Iterable[str], *, size: int = WINDOW_LINES, characters: int = WINDOW_CHARACTERS
+    lines: Iterable[str],
+    *,
+    size: int = WINDOW_LINES,
+    first: int = FIRST_LINES,
+    characters: int = WINDOW_CHARACTERS,
 ) -> Iterator[list[str]]:
-    """Cut a stream of lines, which may have no end, into lists of at most `size` lines.
+    """Cut a stream of lines, which may have no end, into lists of `first` lines, then twice as many, up to `size`.
 
     A list is also full when its lines have `characters` characters in all; only its last line may go beyond.
     """
     window: list[str] = []
-    room = characters
+    room, limit = characters, min(first, size)
     for line in lines:
         window.append(line)
         room -= len(line)
-        if len(window) == size or room <= 0:
+        if len(window) == limit or room <= 0:
             yield window
-            window, room = [], characters
+            window, room, limit = [], characters, min(2 * limit, size)
     if window:
         yield window

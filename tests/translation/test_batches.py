@@ -48,6 +48,11 @@ def test_windows_keep_order_and_read_no_further_than_they_need() -> None:
     assert read == 14
 
 
+def test_windows_grow_to_their_size() -> None:
+    assert [len(window) for window in windows(map(str, range(70)), size=20, first=3)] == [3, 6, 12, 20, 20, 9]
+    assert [len(window) for window in windows(map(str, range(5000)))] == [256, 512, 1024, 2048, 1160]
+
+
 @given(st.lists(st.text(alphabet="ab", max_size=9), max_size=40))
 def test_windows_are_bounded_in_characters(lines: list[str]) -> None:
     cut = list(windows(lines, size=8, characters=20))
