@@ -7,26 +7,21 @@ Shapes: B batch, S source length, T target length, L length of either, H hidden 
 head, E experts, K experts per token, F inner width of one expert, N tokens (B * L), V vocabulary.
 """
 
-import ctypes
 import functools
 import inspect
-import itertools
 import math
-import mmap
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -50,6 +45,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_sparseq import Positions, SparseqCache, Step
 from .configuration_sparseq import SparseqConfig
+from .grouped_sparseq import find_groups, grouped_linear, is_functional, rearrange
+from .losses_sparseq import ProjectedCrossEntropy, at_least_float32, label_count, real_targets, router_losses
 from .quantization_sparseq import warn_of_floating_experts
 
 logger = logging.get_logger(__name__)
@@ -67,19 +64,13 @@ _STEP_INPUTS = {"past_key_values", "encoder_outputs", "attention_mask", "use_cac
 # places.
 _SHARING_BEAMS = 16
 
-# Rows whose logits exist at a time where no logits are asked for: enough for a product at full speed.
-_PROJECTED_ROWS = 256
-
-# Bytes from which an allocation is worth a system call that asks for huge pages.
-_HUGE_ALLOCATION = 4 << 20
-
 # Weights as `save_pretrained` names them: whole, or shards with their index.
 _WEIGHT_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 # What every saved folder holds besides configuration and weights, so that it loads without this package.
 CODE_FILES = (
-    *("cache_sparseq.py", "configuration_sparseq.py", "decoding_sparseq.py", "modeling_sparseq.py"),
-    "quantization_sparseq.py",
+    *("cache_sparseq.py", "configuration_sparseq.py", "decoding_sparseq.py", "grouped_sparseq.py"),
+    *("losses_sparseq.py", "modeling_sparseq.py", "quantization_sparseq.py"),
 )
 AUTO_MAP = {
     "AutoConfig": "configuration_sparseq.SparseqConfig",
@@ -190,11 +181,6 @@ def shift_tokens_right(labels: torch.Tensor, pad_token_id: int | None, decoder_s
     start = labels.new_full((labels.shape[0], 1), decoder_start_token_id)
     shifted = torch.cat([start, labels[:, :-1]], dim=1)
     return shifted.masked_fill(shifted == -100, pad_token_id)
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The type to compute a softmax in."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -507,223 +493,6 @@ class SparseqRouter(nn.Module):
         self.expert_counts = counts if self.expert_counts is None else self.expert_counts + counts
 
 
-def _new_weight_gradient(weight: torch.Tensor) -> torch.Tensor:
-    """
-    Uninitialised memory for the gradient `(E, O, I)` of stacked experts on the CPU.
-
-    All experts' gradients are written even where few tokens take part, and by default every step gets that memory
-    anew from the system, page by page, at up to half the layer's cost. Linux gives it in huge pages to who asks.
-    """
-    gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    size = gradient.numel() * gradient.element_size()
-    if sys.platform == "linux" and size >= _HUGE_ALLOCATION:
-        page = mmap.PAGESIZE
-        start = -(-gradient.data_ptr() // page) * page
-        end = (gradient.data_ptr() + size) // page * page
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_HUGEPAGE)
-    return gradient
-
-
-@functools.cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
-class Groups(NamedTuple):
-    """
-    Which rows of a matrix `(M, ...)`, sorted by expert, belong to which.
-
-    Attributes:
-        ids: `(M,)`, each row's expert; rows of the tail have the index E and belong to none.
-        ends: `(E,)` int32, the row at which each group ends.
-        sizes: The rows of each group, and last of the tail; None where reading them would wait for a device or break
-            a graph.
-    """
-
-    ids: torch.Tensor
-    ends: torch.Tensor
-    sizes: list[int] | None
-
-
-def _is_functional() -> bool:
-    """Whether `torch.func` transforms are at work, which take plain operators only."""
-    return torch._C._are_functorch_transforms_active()
-
-
-def _is_plain_cpu(tensor: torch.Tensor) -> bool:
-    """Whether this is an ordinary computation on the CPU, where waiting for sizes costs nothing."""
-    return tensor.device.type == "cpu" and not is_tracing(tensor) and not _is_functional()
-
-
-def find_groups(ids: torch.Tensor, num_groups: int) -> Groups:
-    """The groups of sorted `ids`."""
-    ends = torch.searchsorted(ids, torch.arange(num_groups, device=ids.device), right=True, out_int32=True)
-    sizes = None
-    if _is_plain_cpu(ids):
-        sizes = [end - start for start, end in itertools.pairwise([0, *ends.tolist(), ids.shape[0]])]
-    return Groups(ids, ends, sizes)
-
-
-def _can_use_grouped_mm(weight: torch.Tensor) -> bool:
-    if is_tracing(weight) and weight.dtype != torch.bfloat16:
-        return False
-    if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8, 0):
-        return False
-    return _fits_grouped_mm(weight)
-
-
-def _fits_grouped_mm(weight: torch.Tensor) -> bool:
-    """The kernel wants rows that begin at multiples of 16 bytes, in the operands and in their gradients."""
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return False
-    _, rows, columns = weight.shape
-    size = weight.element_size()
-    return rows * size % 16 == 0 and columns * size % 16 == 0
-
-
-def _multiply_groups(
-    rows: torch.Tensor, matrices: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor, sizes: list[int]
-) -> torch.Tensor:
-    """Each group of `rows` `(M, I)` times its matrix of `(E, I, O)`, plus its bias, on the CPU; the tail is zero."""
-    tail = rows.shape[0] - sizes[-1]
-    if bias is None and _fits_grouped_mm(matrices):
-        outputs = F.grouped_mm(rows, matrices, offs=ends)
-    else:
-        outputs = rows.new_empty(rows.shape[0], matrices.shape[2])
-        parts, results = rows.split(sizes), outputs.split(sizes)
-        for group, size in enumerate(sizes[:-1]):
-            if not size:
-                continue
-            if bias is None:
-                torch.mm(parts[group], matrices[group], out=results[group])
-            else:
-                torch.addmm(bias[group], parts[group], matrices[group], out=results[group])
-    if sizes[-1]:
-        outputs[tail:].zero_()
-    return outputs
-
-
-def _weight_gradient(weight: torch.Tensor, grad: torch.Tensor, inputs: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """The gradient `(E, O, I)` of stacked experts from those of their outputs `(M, O)` and their inputs `(M, I)`."""
-    gradient = _new_weight_gradient(weight)
-    _, rows, columns = gradient.shape
-    # A sum of a few outer products is all writing, which float32 kernels do in an order that wastes the caches where
-    # the result is larger than they are. In blocks of 32 rows it takes 0.2 to 0.9 of the time.
-    few = range(2, 17) if gradient.dtype == torch.float32 and rows * columns >= 2**18 and rows % 32 == 0 else ()
-    blocks = (rows // 32, 32)
-    # Lean, because at a few tokens each call is felt.
-    lefts, rights = torch.split_with_sizes(grad.t(), sizes, 1), torch.split_with_sizes(inputs, sizes)
-    for result, left, right, size in zip(gradient.unbind(), lefts, rights, sizes, strict=False):
-        if size == 0:
-            result.zero_()
-        elif size in few:
-            torch.bmm(left.unflatten(0, blocks), right.expand(blocks[0], -1, -1), out=result.unflatten(0, blocks))
-        else:
-            torch.mm(left, right, out=result)
-    return gradient
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """
-    `grouped_linear` on the CPU, for every size and type. It spares what a composition of operators would add: passes
-    over inputs and outputs that clear the tail, copies of biases for each row, and gradients in ordinary memory.
-    """
-
-    # Not with `setup_context`, which costs as much as a small product.
-    @staticmethod
-    def forward(
-        ctx: Any,
-        inputs: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        ends: torch.Tensor,
-        sizes: list[int],
-    ) -> torch.Tensor:
-        ctx.sizes = sizes
-        ctx.save_for_backward(inputs, weight, ends)
-        return _multiply_groups(inputs, weight.mT, bias, ends, sizes)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs, weight, ends = ctx.saved_tensors
-        sizes = ctx.sizes
-        of_inputs, of_weight, of_bias, *_ = ctx.needs_input_grad
-        grad = grad.contiguous()
-        grad_bias = None
-        grad_weight = _weight_gradient(weight, grad, inputs, sizes) if of_weight else None
-        if of_bias:
-            grad_bias = torch.stack([part.sum(dim=0) for part in grad.split(sizes)[:-1]])
-        grad_inputs = _multiply_groups(grad, weight, None, ends, sizes) if of_inputs else None
-        return grad_inputs, grad_weight, grad_bias, None, None
-
-
-class _Rearrange(torch.autograd.Function):
-    """
-    Row i of the result is row `order[i] // copies` of the input; `inverse` is the inverse permutation of `order`.
-
-    Indexing would do, but its gradient is added up row by row, over atomics on a GPU; this one is gathered.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
-        ctx.copies = copies
-        ctx.save_for_backward(order, inverse)
-        return rows.index_select(0, order if copies == 1 else order // copies)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        order, inverse = ctx.saved_tensors
-        gathered = _Rearrange.apply(grad, inverse, order, 1)
-        if ctx.copies > 1:
-            gathered = gathered.view(-1, ctx.copies, grad.shape[-1]).sum(dim=1)
-        return gathered, None, None, None
-
-
-def _rearrange(rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, copies: int) -> torch.Tensor:
-    if _is_functional():
-        return rows[order // copies]
-    return _Rearrange.apply(rows, order, inverse, copies)
-
-
-def grouped_linear(
-    inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, groups: Groups
-) -> torch.Tensor:
-    """
-    One linear map for each group of rows.
-
-    Args:
-        inputs: `(M, I)`, rows sorted by group.
-        weight: `(E, O, I)`.
-        bias: `(E, O)` or None.
-        groups: Which rows belong to which map.
-
-    Returns:
-        `(M, O)`. Rows of no group are zero, and so is their gradient.
-    """
-    device_type = inputs.device.type
-    if torch.is_autocast_enabled(device_type):
-        weight = weight.to(torch.get_autocast_dtype(device_type))
-    inputs = inputs.to(weight.dtype)
-    bias = None if bias is None else bias.to(weight.dtype)
-    if groups.sizes is not None:
-        if not torch.is_grad_enabled():
-            # A step of decoding would feel the detour.
-            return _multiply_groups(inputs, weight.mT, bias, groups.ends, groups.sizes)
-        return _GroupedLinear.apply(inputs, weight, bias, groups.ends, groups.sizes)
-    is_tail = (groups.ids >= weight.shape[0])[:, None]
-    # Filled going in as well, because the kernel leaves the tail of the gradient as the memory was.
-    inputs, transposed = inputs.masked_fill(is_tail, 0.0), weight.transpose(-2, -1)
-    if _can_use_grouped_mm(weight):
-        outputs = F.grouped_mm(inputs, transposed, offs=groups.ends)
-    else:
-        # The library's operator loops over the groups: any size and type, and opaque to the compiler.
-        outputs = torch.ops.transformers.grouped_mm_fallback(inputs, transposed, groups.ends)
-    if bias is not None:
-        outputs = outputs + bias[groups.ids.clamp(max=weight.shape[0] - 1)]
-    return outputs.masked_fill(is_tail, 0.0)
-
-
 def sorted_experts_forward(
     self: "SparseqExperts", hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
@@ -745,12 +514,12 @@ def sorted_experts_forward(
     groups = find_groups(ids, self.num_experts)
     weight_in, bias_in, weight_out, bias_out = self.stacked_parameters()
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-    inputs = _rearrange(hidden_states, order, inverse, top_k)
+    inputs = rearrange(hidden_states, order, inverse, top_k)
     inner = grouped_linear(inputs, weight_in, bias_in, groups)
     inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
     outputs = grouped_linear(inner, weight_out, bias_out, groups)
     # Back in the order of the tokens, then a sum over K in a fixed order, which adding to rows would not have.
-    outputs = _rearrange(outputs, inverse, order, 1)
+    outputs = rearrange(outputs, inverse, order, 1)
     outputs = outputs.view(tokens, top_k, hidden_states.shape[-1]) * top_k_weights[..., None]
     return outputs.sum(dim=1).to(hidden_states.dtype)
 
@@ -1724,61 +1493,6 @@ class SparseqEncoderModel(SparseqPreTrainedModel):
         return self.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
 
 
-def router_losses(
-    logits: tuple[torch.Tensor, ...],
-    indices: tuple[torch.Tensor, ...],
-    scoring: str,
-    mask: torch.Tensor,
-    weights: torch.Tensor,
-    scope: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Load-balancing loss, E * sum_e f_e P_e with f_e the share of choices and P_e the mean normalised score of expert e
-    (arXiv 2101.03961, eq. 4-6), and router z-loss, the mean of logsumexp(logits)^2 (arXiv 2202.08906, eq. 5). Both are
-    means over a stack's sparse layers. Padding takes no part.
-
-    Args:
-        logits: One `(B * L, E)` for each sparse layer.
-        indices: One `(B * L, K)` for each sparse layer; E stands for padding.
-        scoring: "softmax" or "sigmoid", as `router_scoring`.
-        mask: `(B, L)`, False for padding.
-        weights: `(B,)`, each sentence's share of the loss: its label tokens over those of the whole optimizer step.
-            With scope "sequence" the sum over sentences is then the same however a batch is cut.
-        scope: "sequence" balances within each sentence, "batch" over all tokens here, once, with the sum of `weights`.
-
-    Returns:
-        Both losses, float32 scalars.
-    """
-    rows, length = mask.shape
-    stacked = torch.stack(list(logits)).float().view(len(logits), rows, length, -1)
-    num_experts = stacked.shape[-1]
-    log_total = stacked.logsumexp(dim=-1, keepdim=True)
-    if scoring == "softmax":
-        probabilities = (stacked - log_total).exp()
-    else:
-        # Normalised, so that uniform routing costs exactly 1 here too.
-        probabilities = stacked.sigmoid()
-        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True).clamp(min=1e-20)
-    # Sums over tokens, then over sentences too for scope "batch"; the means follow.
-    counted = mask[None, :, :, None].to(stacked.dtype)
-    tokens = counted.sum(dim=2)
-    mean_score = (probabilities * counted).sum(dim=2)
-    z_loss = (log_total.square() * counted).sum(dim=(2, 3))
-    z_loss = ((z_loss / tokens[..., 0].clamp(min=1)) * weights).sum(dim=-1).mean()
-    chosen = torch.stack(list(indices)).view(len(indices), rows, length, -1)
-    top_k = chosen.shape[-1]
-    # One column more for padding, whose choice is E; decoder tokens behind the last label have chosen in evaluation.
-    choices = counted.expand(len(indices), rows, length, top_k).flatten(2) / top_k
-    share = choices.new_zeros(len(indices), rows, num_experts + 1).scatter_add_(2, chosen.flatten(2), choices)
-    share = share[..., :num_experts]
-    if scope == "batch":
-        tokens, share, mean_score = (x.sum(dim=1, keepdim=True) for x in (tokens, share, mean_score))
-        weights = weights.sum()[None]
-    tokens = tokens.clamp(min=1)
-    balance = num_experts * (share / tokens * (mean_score / tokens)).sum(dim=-1)
-    return (balance * weights).sum(dim=-1).mean(), z_loss
-
-
 # Caches that the calls of generate() of this thread have made.
 _caches_with_steps: ContextVar[list[SparseqCache]] = ContextVar("caches_with_steps")
 
@@ -2059,7 +1773,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
                 total = self._cross_entropy(logits, labels)
 
         result = SparseqSeq2SeqLMOutput(
-            loss=None if total is None else total / _as_divisor(num_items_in_batch, labels),
+            loss=None if total is None else total / label_count(num_items_in_batch, labels),
             logits=logits,
             past_key_values=outputs.past_key_values,
             decoder_hidden_states=outputs.decoder_hidden_states,
@@ -2116,9 +1830,9 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         """The same, of states `(B, T, H)` whose logits nobody sees."""
         is_label = labels.ne(-100)
         states, labels = states[is_label], labels[is_label]
-        if not _is_plain(self.lm_head) or _is_functional() or is_tracing():
+        if not _is_plain(self.lm_head) or is_functional() or is_tracing():
             return self._cross_entropy(self._logits(states), labels)
-        return _ProjectedCrossEntropy.apply(
+        return ProjectedCrossEntropy.apply(
             states, self.lm_head.weight, self.final_logits_bias, labels.to(states.device), self._smoothing
         )
 
@@ -2132,7 +1846,7 @@ class SparseqForConditionalGeneration(SparseqPreTrainedModel, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None,
     ) -> None:
         """Put each stack's auxiliary losses into `result`, and in training, weighted, into its loss."""
-        weights = labels.ne(-100).sum(dim=1) / _as_divisor(num_items_in_batch, labels)
+        weights = labels.ne(-100).sum(dim=1) / label_count(num_items_in_batch, labels)
         if attention_mask is None or attention_mask.dim() != 2:
             source = outputs.encoder_last_hidden_state
             attention_mask = torch.ones(source.shape[:2], device=source.device)
@@ -2193,75 +1907,6 @@ def _is_plain(linear: nn.Module) -> bool:
     return has_weight and linear.bias is None and is_bare(linear)
 
 
-class _ProjectedCrossEntropy(torch.autograd.Function):
-    """
-    Sum over rows of the label-smoothed cross-entropy of projected states, of which no more logits exist at a time than
-    those of some rows: their gradient is taken right away, which needs no second product (Hsu et al. 2024,
-    arXiv 2410.10989, section 3.2).
-
-    Args:
-        states: `(N, H)`.
-        weight: `(V, H)`.
-        bias: `(1, V)` or None; it gets no gradient.
-        labels: `(N,)`, each a token.
-        smoothing: Share of the target that is spread over the vocabulary.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        states: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
-        smoothing: float,
-    ) -> torch.Tensor:
-        of_states, of_weight, *_ = ctx.needs_input_grad
-        losses = states.new_empty(len(states), dtype=at_least_float32(states.dtype))
-        grad_states = torch.empty_like(states) if of_states else None
-        # Summed over the pieces, which bfloat16 would round each time.
-        grad_weight = torch.zeros_like(weight, dtype=at_least_float32(weight.dtype)) if of_weight else None
-        for start in range(0, len(states), _PROJECTED_ROWS):
-            rows = slice(start, start + _PROJECTED_ROWS)
-            projected = F.linear(states[rows], weight)
-            logits = projected.to(losses.dtype) if bias is None else projected.to(losses.dtype) + bias
-            # (n, 1) each.
-            normalizer, chosen = logits.logsumexp(1, keepdim=True), labels[rows, None]
-            gain = logits.gather(1, chosen)
-            if smoothing:
-                gain = gain.lerp(logits.mean(1, keepdim=True), smoothing)
-            losses[rows] = (normalizer - gain).squeeze(1)
-            if grad_states is None and grad_weight is None:
-                continue
-            grad = logits.sub_(normalizer).exp_()
-            if smoothing:
-                grad.sub_(smoothing / len(weight))
-            grad = grad.scatter_add_(1, chosen, grad.new_full(chosen.shape, smoothing - 1)).to(projected.dtype)
-            if grad_states is not None:
-                grad_states[rows] = grad @ weight.to(grad.dtype)
-            if grad_weight is not None:
-                inputs = states[rows].to(grad.dtype)
-                if grad.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(grad.mT, inputs)
-                else:
-                    grad_weight += grad.mT @ inputs
-        ctx.weight_dtype = weight.dtype
-        ctx.save_for_backward(grad_states, grad_weight)
-        return losses.sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_states, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_states is None else (grad * grad_states).to(grad_states.dtype),
-            None if grad_weight is None else (grad * grad_weight).to(ctx.weight_dtype),
-            None,
-            None,
-            None,
-        )
-
-
 def _with_rows(of_sources: torch.Tensor | None, rows: int) -> torch.Tensor | None:
     """What there is of each source, where a cache has more rows of each, or fewer."""
     if of_sources is None or of_sources.shape[0] == rows:
@@ -2269,26 +1914,6 @@ def _with_rows(of_sources: torch.Tensor | None, rows: int) -> torch.Tensor | Non
     if of_sources.shape[0] > rows:
         return of_sources[:: of_sources.shape[0] // rows]
     return of_sources.repeat_interleave(rows // of_sources.shape[0], dim=0)
-
-
-def real_targets(labels: torch.Tensor, decoder_attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-    """
-    Mask `(B, T)` of the target positions that are no padding: those of a mask `(B, T)` where there is one, otherwise
-    the positions up to each row's last label, since in a causal decoder the loss sees no others. A label in the middle
-    may be masked out; its position is a token all the same.
-    """
-    if decoder_attention_mask is not None and decoder_attention_mask.dim() == 2:
-        return decoder_attention_mask.bool()
-    return labels.ne(-100).flip(1).cumsum(dim=1).flip(1).bool()
-
-
-def _as_divisor(num_items_in_batch: torch.Tensor | int | None, labels: torch.Tensor) -> torch.Tensor | int:
-    # At least 1: an update without a single label costs nothing, and is no NaN.
-    if num_items_in_batch is None:
-        num_items_in_batch = labels.ne(-100).sum()
-    if torch.is_tensor(num_items_in_batch):
-        return num_items_in_batch.to(labels.device).clamp(min=1)
-    return max(num_items_in_batch, 1)
 
 
 __all__ = ["SparseqEncoderModel", "SparseqForConditionalGeneration", "SparseqModel", "SparseqPreTrainedModel"]

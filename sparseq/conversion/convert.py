@@ -15,7 +15,8 @@ from sparseq.conversion.families import family_of, family_to, unknown_fields
 from sparseq.conversion.family import Family
 from sparseq.conversion.plan import Plan
 from sparseq.conversion.tensors import LeftOut, Planned, Source, Spec, copied, needed_tensors, tied_copy
-from sparseq.modeling_sparseq import SparseqForConditionalGeneration, at_least_float32
+from sparseq.losses_sparseq import at_least_float32
+from sparseq.modeling_sparseq import SparseqForConditionalGeneration
 
 SHARED = "model.shared.weight"
 ENCODER = "model.encoder.embed_tokens.weight"

@@ -23,7 +23,7 @@ from sparseq.conversion.changes import (
     stacked_inputs,
 )
 from sparseq.conversion.tensors import Planned, Source, Spec
-from sparseq.modeling_sparseq import at_least_float32
+from sparseq.losses_sparseq import at_least_float32
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 
 from sparseq.inspection.routing import STACKS, LayerLoad, RoutingTotals, Stack, cheap_scores
-from sparseq.modeling_sparseq import SparseqPreTrainedModel, real_targets, shift_tokens_right
+from sparseq.losses_sparseq import real_targets
+from sparseq.modeling_sparseq import SparseqPreTrainedModel, shift_tokens_right
 from sparseq.text_table import format_table
 from sparseq.training.evaluation import evaluating
 

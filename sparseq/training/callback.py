@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from sparseq.inspection.routing import STACKS, LayerLoad, RoutingTotals, Stack, cheap_scores
-from sparseq.modeling_sparseq import real_targets
+from sparseq.losses_sparseq import real_targets
 from sparseq.training.lora import refuse_frozen_experts
 
 logger = logging.get_logger(__name__)

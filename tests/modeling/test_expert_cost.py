@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparseq.modeling_sparseq import SparseqSparseMLP, _new_weight_gradient
+from sparseq.grouped_sparseq import _new_weight_gradient
+from sparseq.modeling_sparseq import SparseqSparseMLP
 from tests.tiny import label_batch, source_batch, tiny_config, tiny_model
 from tests.tolerances import assert_close
 

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparseq import SparseqForConditionalGeneration, modeling_sparseq
-from sparseq.modeling_sparseq import router_losses
+from sparseq import SparseqForConditionalGeneration, losses_sparseq
+from sparseq.losses_sparseq import ProjectedCrossEntropy, router_losses
 from tests.tiny import label_batch, source_batch, tiny_model
 from tests.tolerances import assert_close
 
@@ -126,7 +126,7 @@ def loss_and_gradients(model: Any, *, skip: bool, **inputs: Any) -> dict[str, to
 def test_skipped_logits_change_neither_loss_nor_gradient(
     mode: str, options: dict[str, Any], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(modeling_sparseq, "_PROJECTED_ROWS", rows)
+    monkeypatch.setattr(losses_sparseq, "_PROJECTED_ROWS", rows)
     model = tiny_model(**options)
     if model.final_logits_bias is not None:
         torch.nn.init.normal_(model.final_logits_bias)
@@ -139,7 +139,7 @@ def test_skipped_logits_change_neither_loss_nor_gradient(
 
 def test_no_more_logits_exist_than_of_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor anything else of the vocabulary's width, forward or backward, but weights and their gradients."""
-    monkeypatch.setattr(modeling_sparseq, "_PROJECTED_ROWS", 4)
+    monkeypatch.setattr(losses_sparseq, "_PROJECTED_ROWS", 4)
     model = tiny_model(label_smoothing=0.1, vocab_size=97)
     seen = set()
 
@@ -180,7 +180,7 @@ def test_the_projected_cross_entropy_has_the_gradient_of_finite_differences() ->
     labels = torch.tensor([0, 6, 3, 3, 1])
 
     def loss(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return modeling_sparseq._ProjectedCrossEntropy.apply(states, weight, bias, labels, 0.2)
+        return ProjectedCrossEntropy.apply(states, weight, bias, labels, 0.2)
 
     assert torch.autograd.gradcheck(loss, (states, weight))
 

@@ -11,20 +11,15 @@ from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from sparseq import SparseqConfig
-from sparseq.modeling_sparseq import (
-    SparseqSparseMLP,
-    find_groups,
-    grouped_linear,
-    make_experts,
-    sorted_experts_forward,
-)
+from sparseq.grouped_sparseq import find_groups, grouped_linear
+from sparseq.modeling_sparseq import SparseqSparseMLP, make_experts, sorted_experts_forward
 from tests.parity.weights import randomize
 from tests.tolerances import assert_close
 
 
 def off_the_cpu(*args: Any) -> torch.Tensor:
     """Our experts as they run on accelerators and in compiled graphs: with grouped products, or the library's loop."""
-    with mock.patch("sparseq.modeling_sparseq._is_plain_cpu", return_value=False):
+    with mock.patch("sparseq.grouped_sparseq._is_plain_cpu", return_value=False):
         return sorted_experts_forward(*args)
 
 

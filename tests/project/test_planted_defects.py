@@ -1,13 +1,13 @@
-"""The list of planted defects must keep up with the code: each one's text stands in its file, once."""
+"""The list of planted defects must keep up with the code: each one's text stands in the model's files, once."""
 
 import pytest
 
-from tests.planted_defects import DEFECTS, ROOT, Defect
+from tests.planted_defects import DEFECTS, Defect, place_of
 
 
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name)
 def test_the_text_to_replace_is_there_once(defect: Defect) -> None:
-    assert (ROOT / defect.file).read_text("utf-8").count(defect.old) == 1
+    assert defect.old in place_of(defect).read_text("utf-8")
     assert defect.old != defect.new
 
 
