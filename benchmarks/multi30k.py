@@ -6,7 +6,7 @@
     python benchmarks/multi30k.py report runs --json multi30k.json     # the test set, beside published figures
     python benchmarks/multi30k.py report runs --unfinished             # also runs that have not ended yet
     python benchmarks/multi30k.py captions captions.de.gz tok          # plain captions as that text, for pre-training
-    python benchmarks/multi30k.py run multi30k runs --arms pretrained --pretrained FOLDER
+    python benchmarks/multi30k.py run multi30k runs --arms pretrained --start FOLDER
 
 DATA is a folder with train, val and test_2016_flickr as {split}.lc.norm.tok.{en,de,fr}[.gz]: lower-cased, normalised
 and tokenised by the authors of the public multi30k/dataset repository. A run that was stopped goes on from its last
@@ -53,7 +53,7 @@ class Arm:
     """A recipe with changes; its runs lie in the folders FOLDER-TARGET-SEED.
 
     Attributes:
-        starts: Whether it goes on from the weights of `run --pretrained`.
+        starts: Whether it goes on from the weights of `run --start`.
     """
 
     folder: str
@@ -62,6 +62,7 @@ class Arm:
     starts: bool = False
 
 
+_FINE_TUNING = ("training.lr_scheduler=cosine", "training.save_steps=50", "training.eval_steps=100")
 ARMS = {
     "paper": Arm("tiny-2021", "transformer-tiny-2021"),
     "sparse": Arm("sparse", "tiny-sparse", ("model.router_balancing=loss_free", "model.router_scoring=sigmoid")),
@@ -69,9 +70,28 @@ ARMS = {
         "pretrained",
         "finetune",
         (
-            *("model.dropout=0.3", "training.learning_rate=2e-3", "training.lr_scheduler=cosine"),
-            *("training.max_steps=2200", "training.save_steps=50", "training.eval_steps=100"),
-            "training.average_checkpoints=10",
+            *(*_FINE_TUNING, "model.dropout=0.3", "training.learning_rate=2e-3"),
+            *("training.max_steps=2200", "training.average_checkpoints=10"),
+        ),
+        starts=True,
+    ),
+    # On DATA with translations by machine among its training pairs.
+    "augmented": Arm(
+        "augmented",
+        "finetune",
+        (
+            *(*_FINE_TUNING, "model.dropout=0.1", "training.learning_rate=2e-3"),
+            *("training.max_steps=3000", "training.average_checkpoints=5"),
+        ),
+        starts=True,
+    ),
+    # From that model, on people's translations alone.
+    "adapted": Arm(
+        "adapted",
+        "finetune",
+        (
+            *(*_FINE_TUNING, "model.dropout=0.3", "training.learning_rate=5e-4"),
+            *("training.max_steps=600", "training.average_checkpoints=5"),
         ),
         starts=True,
     ),
@@ -90,11 +110,11 @@ RESAMPLES = 1000
 
 def run(args: argparse.Namespace) -> None:
     """Train, translate and score every arm with every target and seed that is not finished yet."""
-    missing = [arm for arm in args.arms if ARMS[arm].starts and args.pretrained is None]
+    missing = [arm for arm in args.arms if ARMS[arm].starts and args.start is None]
     if missing:
         raise SystemExit(
-            f"arm {missing[0]} goes on from a pre-trained model: name it with --pretrained (docs/results.md has the "
-            f"command that makes one), or leave the arm out"
+            f"arm {missing[0]} goes on from another model: name it with --start (docs/results.md has the commands that "
+            f"make one), or leave the arm out"
         )
     for seed in args.seeds:
         for target in args.targets:
@@ -103,18 +123,18 @@ def run(args: argparse.Namespace) -> None:
                 if (folder / "results.json").is_file():
                     print(f"{folder} is finished")
                     continue
-                recipe = arm_recipe(ARMS[arm], args.data, target, seed, args.pretrained)
+                recipe = arm_recipe(ARMS[arm], args.data, target, seed, args.start)
                 print(f"{folder}: recipe {recipe.name} {' '.join(ARMS[arm].overrides)}", flush=True)
                 train(recipe, folder, bootstrap=RESAMPLES)
 
 
-def arm_recipe(arm: Arm, data: Path, target: str, seed: int, pretrained: Path | None = None) -> Recipe:
+def arm_recipe(arm: Arm, data: Path, target: str, seed: int, start: Path | None = None) -> Recipe:
     """The recipe of one run."""
     places = {"folder": data, "source": SOURCE, "target": target}
     places |= {"train": SPLITS["train"], "validation": SPLITS["val"], "test": SPLITS["test"]}
     changes = [f"data.{key}={value}" for key, value in places.items()]
     if arm.starts:
-        changes.append(f"start.checkpoint={pretrained}")
+        changes.append(f"start.checkpoint={start}")
     return load_recipe(arm.recipe, [*arm.overrides, *changes, f"seed={seed}"])
 
 
@@ -344,7 +364,7 @@ def main() -> None:
     part.add_argument(
         "--arms", nargs="+", choices=ARMS, default=from_random, help="default: those from random weights"
     )
-    part.add_argument("--pretrained", type=Path, metavar="FOLDER", help="what `sparseq pretrain` wrote, for that arm")
+    part.add_argument("--start", type=Path, metavar="FOLDER", help="the model that the other arms go on from")
     part.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all")
     part.add_argument("--seeds", nargs="+", type=int, default=[1], metavar="SEED", help="default: 1")
     part = commands.add_parser("report", help="score what is finished")

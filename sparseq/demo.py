@@ -28,7 +28,7 @@ examples:
   sparseq demo --quick
       the same in less than a minute, with a model that has learned next to nothing: to see that everything works
   sparseq demo --data multi30k/data/task1/raw --source en --target de --test test_2016_flickr
-      image captions from a clone of the public multi30k/dataset repository (about 25 minutes)
+      image captions from a clone of the public multi30k/dataset repository (about half an hour)
   sparseq demo --data corpus --source en --target fr --test test training.max_steps=3000
       your own text, with one value of the recipe changed
 """

@@ -20,7 +20,7 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="largest file of weights, such as 500MB (default: 5GB)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would become of each tensor, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written, and stop")
     parser.add_argument("--force", action="store_true", help="replace a model's folder that is there already")
 
 

@@ -56,13 +56,13 @@ def test_every_arm_s_recipe_holds_and_no_two_share_a_folder(multi30k: Any) -> No
     assert recipes[0] != recipes[1]
     assert len({arm.folder for arm in multi30k.ARMS.values()}) == len(multi30k.ARMS)
     starts = [recipe["start"]["checkpoint"] for recipe in recipes if "start" in recipe]
-    assert starts == ["pretrained"]
+    assert starts == ["pretrained"] * 3
 
 
 def test_an_arm_that_goes_on_from_a_model_asks_for_it(
     multi30k: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit, match=r"arm pretrained .* --pretrained"):
+    with pytest.raises(SystemExit, match=r"arm pretrained .* --start"):
         call(multi30k, monkeypatch, "run", tmp_path, tmp_path / "runs", "--arms", "paper", "pretrained")
     assert not (tmp_path / "runs").exists()
 
