@@ -113,8 +113,8 @@ def run(args: argparse.Namespace) -> None:
     missing = [arm for arm in args.arms if ARMS[arm].starts and args.start is None]
     if missing:
         raise SystemExit(
-            f"arm {missing[0]} goes on from another model: name it with --start (docs/results.md has the commands that "
-            f"make one), or leave the arm out"
+            f"arm {missing[0]} goes on from another model: name it with --start (docs/results.md has the commands "
+            f"that make one), or leave the arm out"
         )
     for seed in args.seeds:
         for target in args.targets:
