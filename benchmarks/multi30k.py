@@ -75,7 +75,7 @@ ARMS = {
         ),
         starts=True,
     ),
-    # On DATA with translations by machine among its training pairs.
+    # On DATA with translations by machine among its pairs.
     "augmented": Arm(
         "augmented",
         "finetune",
@@ -85,7 +85,17 @@ ARMS = {
         ),
         starts=True,
     ),
-    # From that model, on people's translations alone.
+    # Once more, on DATA that the best model so far has translated. The penalty is the best on the validation set.
+    "again": Arm(
+        "again",
+        "finetune",
+        (
+            *(*_FINE_TUNING, "model.dropout=0.1", "training.learning_rate=2e-3"),
+            *("training.max_steps=6000", "training.average_checkpoints=5", "decoding.length_penalty=1.6"),
+        ),
+        starts=True,
+    ),
+    # From one of these, on people's translations alone.
     "adapted": Arm(
         "adapted",
         "finetune",
