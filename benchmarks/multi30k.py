@@ -62,48 +62,32 @@ class Arm:
     starts: bool = False
 
 
-_FINE_TUNING = ("training.lr_scheduler=cosine", "training.save_steps=50", "training.eval_steps=100")
+def _goes_on(folder: str, *overrides: str) -> Arm:
+    """An arm that goes on from another model."""
+    shared = ("training.lr_scheduler=cosine", "training.save_steps=50", "training.eval_steps=100")
+    return Arm(folder, "finetune", (*shared, *overrides), starts=True)
+
+
+def _with_machine_translations(folder: str, *overrides: str) -> Arm:
+    """One on DATA with translations by machine among its pairs."""
+    shared = ("model.dropout=0.1", "training.learning_rate=2e-3", "training.average_checkpoints=5")
+    return _goes_on(folder, *shared, *overrides)
+
+
 ARMS = {
     "paper": Arm("tiny-2021", "transformer-tiny-2021"),
     "sparse": Arm("sparse", "tiny-sparse", ("model.router_balancing=loss_free", "model.router_scoring=sigmoid")),
-    "pretrained": Arm(
-        "pretrained",
-        "finetune",
-        (
-            *(*_FINE_TUNING, "model.dropout=0.3", "training.learning_rate=2e-3"),
-            *("training.max_steps=2200", "training.average_checkpoints=10"),
-        ),
-        starts=True,
+    "pretrained": _goes_on(
+        *("pretrained", "model.dropout=0.3", "training.learning_rate=2e-3"),
+        *("training.max_steps=2200", "training.average_checkpoints=10"),
     ),
-    # On DATA with translations by machine among its pairs.
-    "augmented": Arm(
-        "augmented",
-        "finetune",
-        (
-            *(*_FINE_TUNING, "model.dropout=0.1", "training.learning_rate=2e-3"),
-            *("training.max_steps=3000", "training.average_checkpoints=5"),
-        ),
-        starts=True,
-    ),
-    # Once more, on DATA that the best model so far has translated. The penalty is the best on the validation set.
-    "again": Arm(
-        "again",
-        "finetune",
-        (
-            *(*_FINE_TUNING, "model.dropout=0.1", "training.learning_rate=2e-3"),
-            *("training.max_steps=6000", "training.average_checkpoints=5", "decoding.length_penalty=1.6"),
-        ),
-        starts=True,
-    ),
+    "augmented": _with_machine_translations("augmented", "training.max_steps=3000"),
+    # Once more, where the best model so far has translated. The penalty is the best on the validation set.
+    "again": _with_machine_translations("again", "training.max_steps=6000", "decoding.length_penalty=1.6"),
     # From one of these, on people's translations alone.
-    "adapted": Arm(
-        "adapted",
-        "finetune",
-        (
-            *(*_FINE_TUNING, "model.dropout=0.3", "training.learning_rate=5e-4"),
-            *("training.max_steps=600", "training.average_checkpoints=5"),
-        ),
-        starts=True,
+    "adapted": _goes_on(
+        *("adapted", "model.dropout=0.3", "training.learning_rate=5e-4"),
+        *("training.max_steps=600", "training.average_checkpoints=5"),
     ),
 }
 SOURCE, TARGETS = "en", ("de", "fr")

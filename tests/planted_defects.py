@@ -187,10 +187,9 @@ DEFECTS = [
 
 def place_of(defect: Defect) -> Path:
     """The file in which a defect's text stands."""
-    files = sorted((ROOT / "sparseq").glob("*_sparseq.py"))
-    found = [path for path in files for _ in range(path.read_text("utf-8").count(defect.old))]
+    found = [path for path in (ROOT / "sparseq").glob("*_sparseq.py") if defect.old in path.read_text("utf-8")]
     if len(found) != 1:
-        raise ValueError(f"the text of {defect.name!r} stands {len(found)} times in the files of the model: mend it")
+        raise ValueError(f"the text of {defect.name!r} stands in {len(found)} files of the model: mend it")
     return found[0]
 
 
