@@ -44,10 +44,12 @@ def generate(input_ids, attention_mask):
         if is_finished.all() or written.shape[1] >= MAX_NEW_TOKENS:
             return written.tolist()
         past = {{name.replace("present", "past"): value for name, value in outputs.items()}}
-        past_lengths, total_length = np.full(len(tokens), length, np.int32), np.array([length + 1], np.int32)
-        outputs = run(
-            "step", tokens=next_tokens, past_lengths=past_lengths, total_length=total_length, **past, **source
-        )
+        slots = {{
+            "past_lengths": np.full(len(tokens), length, np.int32),
+            "total_length": np.array([length + 1], np.int32),
+            "slot_bias": np.zeros((1, 1, 1, length + 1), np.float32),
+        }}
+        outputs = run("step", tokens=next_tokens, position=np.array([length]), **slots, **past, **source)
         length += 1
 {call}```
 
@@ -55,16 +57,18 @@ def generate(input_ids, attention_mask):
   each decoder layer i `cross_key_i` and `cross_value_i`, `(B, {kv_heads}, S, {width})`.
 - `prefill.onnx` takes `tokens` `(R, T)` int64 and all that the encoder gives. It gives `logits` `(R, {vocab_size})`
   after the last token, and of each layer `present_key_i` and `present_value_i`, `(R, {kv_heads}, T, {width})`.
-- `step.onnx` takes `tokens` `(R,)` int64, `past_lengths` `(R,)` and `total_length` `(1,)` int32, the numbers of tokens
-  before these and with them, `past_key_i` and `past_value_i`, and all that the encoder gives. It gives `logits`,
-  `present_key_i` and `present_value_i`.
+- `step.onnx` takes `tokens` `(R,)` and `position` `(1,)` int64, the number of tokens before these, `past_key_i` and
+  `past_value_i`, and all that the encoder gives; `past_lengths` `(R,)` and `total_length` `(1,)` int32, the numbers of
+  slots of the cache before these and with them, and `slot_bias` `(1, 1, 1, total_length)` float32, which is added to the
+  scores of each slot: 0, or -1e30 for one that is to be overlooked. It gives `logits`, `present_key_i` and
+  `present_value_i`.
 - `step_attention.onnx` gives cross-attention besides, `attention` `(R, S)`; `likeliest.onnx` finds the likeliest
   tokens among logits.
 
 {languages}B sources are decoded in R rows, R = B times the number of beams, rows of one source side by side. For
 beams, reorder the rows of `present_*`; what the encoder gives stays as it is, once for each source. Where one buffer
 `(R, {kv_heads}, capacity, {width})` is bound to a `past_*` and to its `present_*` (`io_binding`), a step writes its
-token into it and copies nothing.
+token into slot `past_lengths` and copies nothing.
 
 The weights of all graphs are in `weights.bin`, {stored}. graphs.json names all inputs
 and outputs and has the configuration, generation_config.json the settings of `generate()`, of which the program above

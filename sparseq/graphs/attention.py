@@ -12,7 +12,7 @@ from .nodes import MICROSOFT
 from .positions import Rotary
 
 # Added to the scores of padding: large enough that the softmax makes them zero, and finite.
-_HIDDEN = -1e30
+HIDDEN = -1e30
 
 
 class Shape(NamedTuple):
@@ -91,7 +91,7 @@ class SourceAttention:
             domain=MICROSOFT,
             num_heads=kv_heads,
             scale=head_dim**-0.5,
-            mask_filter_value=_HIDDEN,
+            mask_filter_value=HIDDEN,
         )
         states = self.graph.node("Reshape", states, self.graph.constant([-1, heads * width]))
         return _project_out(self.layers, states, name, attention, grouped_rows(heads, kv_heads))
@@ -106,7 +106,7 @@ class SourceAttention:
         scores = graph.node("Mul", scores, graph.constant(head_dim**-0.5, np.float32))
         hidden = graph.node("Equal", self.mask, graph.constant(0, np.int32))
         hidden = graph.node("Unsqueeze", hidden, graph.constant([1, 2]))
-        scores = graph.node("Where", hidden, graph.constant(_HIDDEN, np.float32), scores)
+        scores = graph.node("Where", hidden, graph.constant(HIDDEN, np.float32), scores)
         means = graph.node("ReduceMean", graph.node("Softmax", scores, axis=-1), graph.constant([1]), keepdims=0)
         length = graph.node("Shape", self.mask, start=1, end=2)
         by_row = graph.node("Concat", graph.constant([-1, groups]), length, axis=0)
@@ -119,16 +119,20 @@ class TargetAttention:
     Args:
         layers: Writes the linear layers.
         rows: The shape `(R, T, -1)`.
-        past_lengths: `(R,)` int32, how many tokens each row has in all but one.
-        total_length: `(1,)` int32, the most tokens that a row has.
+        past_lengths: `(R,)` int32, how many slots of the cache are looked at, but one.
+        total_length: `(1,)` int32, the largest of them and one.
+        slot_bias: What is added to the scores of each slot, `(1, 1, 1, total)`; empty for nothing.
         rotary: Cosines and sines, where positions are rotary.
     """
 
-    def __init__(self, layers: Layers, rows: str, past_lengths: str, total_length: str, rotary: Rotary | None):
+    def __init__(
+        self, layers: Layers, rows: str, past_lengths: str, total_length: str, slot_bias: str, rotary: Rotary | None
+    ):
         self.layers = layers
         self.rows = rows
         self.past_lengths = past_lengths
         self.total_length = total_length
+        self.slot_bias = slot_bias
         self.rotary = rotary
 
     def __call__(
@@ -158,8 +162,10 @@ class TargetAttention:
             turned = self.rotary.apply(graph, turned, heads + kv_heads)
             sizes = graph.constant([heads * width, kv_heads * width])
             query, key = graph.node_of_many("Split", turned, sizes, outputs=2, axis=-1)
+        # Between them are rotary tables, which this has applied already, and positions of them.
+        bias = ("", "", "", self.slot_bias) if self.slot_bias else ()
         states, keys, values = graph.node_of_many(
-            *("GroupQueryAttention", query, key, value, *past, self.past_lengths, self.total_length),
+            *("GroupQueryAttention", query, key, value, *past, self.past_lengths, self.total_length, *bias),
             outputs=3,
             domain=MICROSOFT,
             num_heads=heads,

@@ -18,7 +18,7 @@ from .operators import FloatOperators, Operators
 
 # What the files mean. Raised when inputs, outputs or the record change, so that an earlier folder is not taken for one
 # of this version.
-GRAPH_FORMAT = 2
+GRAPH_FORMAT = 3
 _RECORD = "graphs.json"
 _WEIGHTS = "weights.bin"
 

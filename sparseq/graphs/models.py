@@ -90,6 +90,7 @@ class ModelGraphs:
             rows=graph.node("Concat", number, length, graph.constant([-1]), axis=0),
             past_lengths=graph.node("Expand", graph.node("Sub", total, graph.constant([1], np.int32)), number),
             total_length=total,
+            slot_bias="",
             places=places,
             token_places=graph.node(
                 *("Reshape", graph.node("Expand", places, graph.node("Shape", tokens)), graph.constant([-1]))
@@ -103,23 +104,25 @@ class ModelGraphs:
     def step(self, *, gives_attention: bool = False) -> Graph:
         """One target token of each row to the logits after it, and the cache with it.
 
-        Inputs `tokens` `(R,)` int64, `past_lengths` `(R,)` int32 and `total_length` `(1,)` int32 (the number of tokens
-        before this one, and with it), `past_key_i` and `past_value_i` `(R, K, past, P)` of each decoder layer, and
-        what the encoder gives for B sources, R a multiple of B. Outputs as those of `prefill`, and `attention`
-        `(R, S)` if asked for: cross-attention of the last decoder layer but one (the only one of a single layer),
-        the mean over its heads.
+        Inputs `tokens` `(R,)` int64, `position` `(1,)` int64 (the number of tokens before this one), `past_key_i` and
+        `past_value_i` `(R, K, past, P)` of each decoder layer, and what the encoder gives for B sources, R a multiple
+        of B. Of the slots of the cache: `past_lengths` `(R,)` int32, the one that this token is written to, which is
+        the last one that is looked at; `total_length` `(1,)` int32, one more; and `slot_bias` `(1, 1, 1, total)`, what
+        is added to the scores of each: 0, or `HIDDEN` where a slot holds nothing. Outputs as those of `prefill`, and
+        `attention` `(R, S)` if asked for: cross-attention of the last decoder layer but one (the only one of a single
+        layer), the mean over its heads.
 
         Where the caller gives one buffer `(R, K, capacity, P)` for a past and its present, the new token is written
         into it and nothing is copied; otherwise the present is the past and one token more.
         """
         graph = Graph("step", self.weights)
-        total = "total_length"
         target = _Target(
             tokens=graph.input("tokens", "int64", ["R"]),
             rows=graph.constant([0, 1, -1]),
             past_lengths=graph.input("past_lengths", "int32", ["R"]),
-            total_length=graph.input(total, "int32", [1]),
-            places=graph.node("Sub", total, graph.constant([1], np.int32)),
+            total_length=graph.input("total_length", "int32", [1]),
+            slot_bias=graph.input("slot_bias", "float32", [1, 1, 1, "total"]),
+            places=graph.input("position", "int64", [1]),
             token_places=None,
         )
         states = self._decode(graph, target, has_past=True, gives_attention=gives_attention)
@@ -214,7 +217,8 @@ class ModelGraphs:
         rotary = None
         if decoder.rotary is not None:
             rotary = rotary_tables(graph, decoder.rotary, target.places, graph.constant([0]))
-        self_attention = TargetAttention(layers, target.rows, target.past_lengths, target.total_length, rotary)
+        slots = target.past_lengths, target.total_length, target.slot_bias
+        self_attention = TargetAttention(layers, target.rows, *slots, rotary)
         states = self._embed(layers, "decoder", target.tokens, target.places, target.token_places)
         for index, layer in enumerate(self._decoder_layers()):
             name = f"decoder.layers.{index}"
@@ -267,7 +271,7 @@ class _Target(NamedTuple):
     Attributes:
         tokens: `(N,)`.
         rows: The shape `(R, T, -1)`.
-        past_lengths, total_length: As the inputs of `ModelGraphs.step`.
+        past_lengths, total_length, slot_bias: As the inputs of `ModelGraphs.step`; an empty `slot_bias` for none.
         places: Positions `(T,)`.
         token_places: Which of them each token has, `(N,)`; None where they all have the only one.
     """
@@ -276,6 +280,7 @@ class _Target(NamedTuple):
     rows: str
     past_lengths: str
     total_length: str
+    slot_bias: str
     places: str
     token_places: str | None
 

@@ -47,12 +47,14 @@ class BeamSearch:
         width = proposal.tokens.shape[1]
         sums = (proposal.log_probs.reshape(-1, beams, width) + self._scores[:, :, None]).reshape(-1, beams * width)
         best = np.argsort(-sums, axis=1, kind="stable")[:, : self._kept]
-        scores, tokens, log_probs = (
-            array.reshape(sums.shape)[by_source, best] for array in (sums, proposal.tokens, proposal.log_probs)
-        )
+        places = best + by_source * (beams * width)
+        scores, tokens, log_probs = (np.take(array, places) for array in (sums, proposal.tokens, proposal.log_probs))
         parents = best // width + self._first_rows
 
-        is_end = (tokens[:, :, None] == self._plan.ends).any(axis=-1) & (targets.prompt_lengths <= length)[:, None]
+        is_end = np.zeros(tokens.shape, dtype=bool)
+        for end in self._plan.ends.tolist():
+            is_end |= tokens == end
+        is_end &= (targets.prompt_lengths <= length)[:, None]
         is_end |= (targets.maximum <= length + 1)[:, None]
         # Of tokens behind the prompt; none are scored while it is read.
         numbers = np.maximum(length + 1 - targets.prompt_lengths, 1)

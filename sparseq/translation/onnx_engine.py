@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from ..graphs.attention import HIDDEN
 from ..graphs.files import read_record
 from ..loading import first_line
 from .engine import StepOutput
 
-# Target tokens that a cache has room for, and as many more whenever they are used up. A cache with more room than that
-# is slower to read, one with less is moved more often.
+# Target tokens that a cache has room for, and as many more whenever they are used up. All of its room is read at every
+# step; with less of it, it is moved more often.
 _ROOM = 32
 
 
@@ -25,25 +26,41 @@ class _State:
     only what several rows continue is copied, into slots whose rows ended, from where the two begin to differ. So
     beams change places at the price of the last tokens of those that branch.
 
+    A step looks at the whole cache, at room that holds nothing yet too: memory is read more than twice as fast where
+    nothing in it is left out, and by a bias that room counts for nothing. GroupQueryAttention writes the new token at the
+    end of what it reads; it is moved behind the others before the next one comes.
+
     Attributes:
         beams: Rows of each source.
         source: What the encoder gave, by the name of its output: mask, cross keys and values.
         cache: Keys and values of all layers, `(layers * 2, R or more, K, capacity, P)`.
+        bias: What is added to the scores of each place in it, `(1, 1, 1, capacity)`.
         slots: `(R,)`, the slot of each row. Slots of one source lie side by side, as its rows do.
         in_order: Whether each row lies in the slot of its own number.
         shared: `(B, beams, beams)`, how many first tokens two slots of a source are known to share.
         length: Tokens that the cache holds of each row.
+        settled: Those of them that are not at the end for a step's sake.
         bindings: What each session reads and writes, by the session's name; made anew when an array is replaced.
     """
 
     beams: int
     source: dict[str, np.ndarray]
     cache: np.ndarray
+    bias: np.ndarray
     slots: np.ndarray
     shared: np.ndarray
     in_order: bool = True
     length: int = 0
+    settled: int = 0
     bindings: dict[str, "_Binding"] = field(default_factory=dict)
+
+    def settle_last(self) -> None:
+        """Move the last token behind those before it."""
+        if self.settled < self.length:
+            last, rows = self.length - 1, len(self.slots)
+            self.cache[:, :rows, :, last] = self.cache[:, :rows, :, -1]
+            self.bias[..., last] = 0
+            self.settled = self.length
 
     def continue_rows(self, rows: np.ndarray) -> None:
         """Give each row the slot of the row that it continues, or a copy of it."""
@@ -73,14 +90,18 @@ class _State:
 
     def make_room(self, number: int) -> None:
         """Give the cache room for so many more tokens."""
+        rows = len(self.slots)
         layers, _, kv_heads, _, width = self.cache.shape
-        grown = np.empty((layers, len(self.slots), kv_heads, self.length + number, width), dtype=np.float32)
-        grown[:, :, :, : self.length] = self.cache[:, : len(self.slots), :, : self.length]
-        self.cache = grown
+        grown = np.empty((layers, rows, kv_heads, self.length + number, width), dtype=np.float32)
+        grown[:, :, :, : self.length] = self.cache[:, :rows, :, : self.length]
+        # What holds nothing must be finite, or the bias would not hide it.
+        grown[:, :, :, self.length :] = 0
+        self.cache, self.bias = grown, slot_bias(grown.shape[3], self.length)
         self.bindings.clear()
 
     def select(self, sources: np.ndarray) -> None:
         """Keep these sources, and move their slots together."""
+        self.settle_last()
         kept = (sources[:, None] * self.beams + np.arange(self.beams)).reshape(-1)
         for slot, old in enumerate(kept.tolist()):
             if slot != old:
@@ -93,15 +114,22 @@ class _State:
         self.bindings.clear()
 
 
+def slot_bias(capacity: int, length: int) -> np.ndarray:
+    """What hides all places of a cache but the first `length` and the last one."""
+    bias = np.zeros((1, 1, 1, capacity), dtype=np.float32)
+    bias[..., length:-1] = HIDDEN
+    return bias
+
+
 class _Binding:
     """Arrays that one session of the decoder reads and writes in place, step after step."""
 
     def __init__(self, session: ort.InferenceSession, state: _State):
         self._session = session
         rows = len(state.slots)
+        capacity = state.cache.shape[3]
         self.tokens = np.zeros(rows, dtype=np.int64)
-        self.past_lengths = np.zeros(rows, dtype=np.int32)
-        self.total_length = np.zeros(1, dtype=np.int32)
+        self.position = np.zeros(1, dtype=np.int64)
         shapes = {output.name: output.shape for output in session.get_outputs()}
         self.logits = np.empty((rows, shapes["logits"][1]), dtype=np.float32)
         self.attention: np.ndarray | None = None
@@ -110,8 +138,10 @@ class _Binding:
             self.attention = outputs["attention"] = np.empty((rows, state.source["source_mask"].shape[1]), np.float32)
         inputs = {
             "tokens": self.tokens,
-            "past_lengths": self.past_lengths,
-            "total_length": self.total_length,
+            "position": self.position,
+            "past_lengths": np.full(rows, capacity - 1, dtype=np.int32),
+            "total_length": np.full(1, capacity, dtype=np.int32),
+            "slot_bias": state.bias,
             **state.source,
         }
         for number, buffer in enumerate(state.cache):
@@ -129,8 +159,7 @@ class _Binding:
     def run(self, tokens: np.ndarray, by_slot: np.ndarray | slice, length: int) -> None:
         """Append a token to each row; what comes of it is in `logits` and `attention`, by slot."""
         self.tokens[by_slot] = tokens
-        self.past_lengths[:] = length
-        self.total_length[:] = length + 1
+        self.position[:] = length
         self._session.run_with_iobinding(self._binding)
 
 
@@ -177,8 +206,9 @@ class OnnxEngine:
         feed = {"input_ids": input_ids, "attention_mask": attention_mask}
         source = dict(zip(names, encoder.run(names, feed), strict=True))
         sources, rows = len(input_ids), len(input_ids) * beams
-        cache = np.empty((2 * self._layers, rows, self._kv_heads, _ROOM, self._width), dtype=np.float32)
-        return _State(beams, source, cache, np.arange(rows), np.zeros((sources, beams, beams), dtype=np.int64))
+        cache = np.zeros((2 * self._layers, rows, self._kv_heads, _ROOM, self._width), dtype=np.float32)
+        shared = np.zeros((sources, beams, beams), dtype=np.int64)
+        return _State(beams, source, cache, slot_bias(_ROOM, 0), np.arange(rows), shared)
 
     def step(
         self,
@@ -195,6 +225,7 @@ class OnnxEngine:
             ValueError: The target is longer than the model's learned positions.
         """
         _check_length(state.length + 1, self.max_target_length, "target")
+        state.settle_last()
         if rows is not None:
             state.continue_rows(rows)
         if state.length == state.cache.shape[3]:

@@ -69,8 +69,10 @@ def logits(folder: Path) -> np.ndarray:
     rows = len(ids)
     first = run("prefill", {"tokens": np.ones((rows, 1), dtype=np.int64), **source})
     past = {name.replace("present", "past"): value for name, value in first.items() if name != "logits"}
-    lengths = {"past_lengths": np.ones(rows, np.int32), "total_length": np.full(1, 2, np.int32)}
-    return run("step", {"tokens": np.full(rows, 5, dtype=np.int64), **lengths, **past, **source})["logits"]
+    slots = {"past_lengths": np.ones(rows, np.int32), "total_length": np.full(1, 2, np.int32)}
+    slots["slot_bias"] = np.zeros((1, 1, 1, 2), np.float32)
+    tokens = {"tokens": np.full(rows, 5, dtype=np.int64), "position": np.ones(1, dtype=np.int64)}
+    return run("step", {**tokens, **slots, **past, **source})["logits"]
 
 
 @pytest.mark.parametrize("fields", [{}, {"num_experts": 0}], ids=["sparse", "dense"])

@@ -40,8 +40,10 @@ class ExportedModel:
             state = self.run(
                 "step_attention",
                 tokens=target[:, length],
+                position=np.array([length]),
                 past_lengths=np.full(len(target), length, np.int32),
                 total_length=np.array([length + 1], np.int32),
+                slot_bias=np.zeros((1, 1, 1, length + 1), np.float32),
                 **encoded,
                 **past,
             )
