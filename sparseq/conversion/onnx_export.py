@@ -59,8 +59,8 @@ def generate(input_ids, attention_mask):
   after the last token, and of each layer `present_key_i` and `present_value_i`, `(R, {kv_heads}, T, {width})`.
 - `step.onnx` takes `tokens` `(R,)` and `position` `(1,)` int64, the number of tokens before these, `past_key_i` and
   `past_value_i`, and all that the encoder gives; `past_lengths` `(R,)` and `total_length` `(1,)` int32, the numbers of
-  slots of the cache before these and with them, and `slot_bias` `(1, 1, 1, total_length)` float32, which is added to the
-  scores of each slot: 0, or -1e30 for one that is to be overlooked. It gives `logits`, `present_key_i` and
+  slots of the cache before these and with them, and `slot_bias` `(1, 1, 1, total_length)` float32, which is added to
+  the scores of each slot: 0, or -1e30 for one that is to be overlooked. It gives `logits`, `present_key_i` and
   `present_value_i`.
 - `step_attention.onnx` gives cross-attention besides, `attention` `(R, S)`; `likeliest.onnx` finds the likeliest
   tokens among logits.

@@ -27,8 +27,8 @@ class _State:
     beams change places at the price of the last tokens of those that branch.
 
     A step looks at the whole cache, at room that holds nothing yet too: memory is read more than twice as fast where
-    nothing in it is left out, and by a bias that room counts for nothing. GroupQueryAttention writes the new token at the
-    end of what it reads; it is moved behind the others before the next one comes.
+    nothing in it is left out, and by a bias that room counts for nothing. GroupQueryAttention writes the new token at
+    the end of what it reads; it is moved behind the others before the next one comes.
 
     Attributes:
         beams: Rows of each source.
