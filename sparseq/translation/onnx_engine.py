@@ -26,16 +26,19 @@ class _State:
     only what several rows continue is copied, into slots whose rows ended, from where the two begin to differ. So
     beams change places at the price of the last tokens of those that branch.
 
+    As long as all rows of a source have the same tokens, as they have at the beginning, there is one for all of them.
+
     A step looks at the whole cache, at room that holds nothing yet too: memory is read more than twice as fast where
     nothing in it is left out, and by a bias that room counts for nothing. GroupQueryAttention writes the new token at
     the end of what it reads; it is moved behind the others before the next one comes.
 
     Attributes:
         beams: Rows of each source.
+        width: Of these, how many are decoded: 1, or `beams` once they differ.
         source: What the encoder gave, by the name of its output: mask, cross keys and values.
-        cache: Keys and values of all layers, `(layers * 2, R or more, K, capacity, P)`.
+        cache: Keys and values of all layers, `(layers * 2, B * width or more, K, capacity, P)`.
         bias: What is added to the scores of each place in it, `(1, 1, 1, capacity)`.
-        slots: `(R,)`, the slot of each row. Slots of one source lie side by side, as its rows do.
+        slots: `(B * width,)`, the slot of each row. Slots of one source lie side by side, as its rows do.
         in_order: Whether each row lies in the slot of its own number.
         shared: `(B, beams, beams)`, how many first tokens two slots of a source are known to share.
         length: Tokens that the cache holds of each row.
@@ -49,6 +52,7 @@ class _State:
     bias: np.ndarray
     slots: np.ndarray
     shared: np.ndarray
+    width: int = 1
     in_order: bool = True
     length: int = 0
     settled: int = 0
@@ -61,6 +65,16 @@ class _State:
             self.cache[:, :rows, :, last] = self.cache[:, :rows, :, -1]
             self.bias[..., last] = 0
             self.settled = self.length
+
+    def widen(self) -> None:
+        """Give each row of a source a slot of its own."""
+        sources, (layers, _, kv_heads, capacity, width) = len(self.shared), self.cache.shape
+        wide = np.zeros((layers, sources, self.beams, kv_heads, capacity, width), dtype=np.float32)
+        wide[..., : self.length, :] = self.cache[:, :sources, None, :, : self.length]
+        self.cache = wide.reshape(layers, -1, kv_heads, capacity, width)
+        self.slots, self.width = np.arange(sources * self.beams), self.beams
+        self.shared[:] = self.length
+        self.bindings.clear()
 
     def continue_rows(self, rows: np.ndarray) -> None:
         """Give each row the slot of the row that it continues, or a copy of it."""
@@ -102,7 +116,7 @@ class _State:
     def select(self, sources: np.ndarray) -> None:
         """Keep these sources, and move their slots together."""
         self.settle_last()
-        kept = (sources[:, None] * self.beams + np.arange(self.beams)).reshape(-1)
+        kept = (sources[:, None] * self.width + np.arange(self.width)).reshape(-1)
         for slot, old in enumerate(kept.tolist()):
             if slot != old:
                 self.cache[:, slot, :, : self.length] = self.cache[:, old, :, : self.length]
@@ -205,10 +219,10 @@ class OnnxEngine:
         names = [output.name for output in encoder.get_outputs()]
         feed = {"input_ids": input_ids, "attention_mask": attention_mask}
         source = dict(zip(names, encoder.run(names, feed), strict=True))
-        sources, rows = len(input_ids), len(input_ids) * beams
-        cache = np.zeros((2 * self._layers, rows, self._kv_heads, _ROOM, self._width), dtype=np.float32)
+        sources = len(input_ids)
+        cache = np.zeros((2 * self._layers, sources, self._kv_heads, _ROOM, self._width), dtype=np.float32)
         shared = np.zeros((sources, beams, beams), dtype=np.int64)
-        return _State(beams, source, cache, slot_bias(_ROOM, 0), np.arange(rows), shared)
+        return _State(beams, source, cache, slot_bias(_ROOM, 0), np.arange(sources), shared)
 
     def step(
         self,
@@ -226,6 +240,13 @@ class OnnxEngine:
         """
         _check_length(state.length + 1, self.max_target_length, "target")
         state.settle_last()
+        if state.width < state.beams:
+            of_sources = tokens.reshape(-1, state.beams)
+            if np.all(of_sources == of_sources[:, :1]):
+                # Whichever rows of their source they continue.
+                tokens, rows = of_sources[:, 0], None
+            else:
+                state.widen()
         if rows is not None:
             state.continue_rows(rows)
         if state.length == state.cache.shape[3]:
@@ -237,12 +258,17 @@ class OnnxEngine:
         by_slot = slice(None) if state.in_order else state.slots
         binding.run(tokens, by_slot, state.length)
         state.length += 1
-        weights = None if binding.attention is None else binding.attention[by_slot]
+
+        def by_row(by_slots: np.ndarray) -> np.ndarray:
+            own: np.ndarray = by_slots[by_slot]
+            return own if state.width == state.beams else own.repeat(state.beams, axis=0)
+
+        weights = None if binding.attention is None else by_row(binding.attention)
         if not candidates:
-            return StepOutput(logits=binding.logits[by_slot], attention=weights)
+            return StepOutput(logits=by_row(binding.logits), attention=weights)
         feed = {"logits": binding.logits, "number": np.array([candidates])}
         ids, log_probs = self._session("likeliest").run(["ids", "log_probs"], feed)
-        return StepOutput(candidate_ids=ids[by_slot], candidate_log_probs=log_probs[by_slot], attention=weights)
+        return StepOutput(candidate_ids=by_row(ids), candidate_log_probs=by_row(log_probs), attention=weights)
 
     def select(self, state: _State, sources: np.ndarray) -> None:
         """As `Engine.select`."""

@@ -84,6 +84,38 @@ def test_steps_reorders_and_selections_agree_with_the_model(
             np.testing.assert_allclose(output.attention, attention[:, : output.attention.shape[1]], atol=1e-5)
 
 
+def test_rows_of_a_source_are_decoded_once_until_they_differ(
+    engine: OnnxEngine, model: SparseqForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    run = onnx_engine._Binding.run
+    monkeypatch.setattr(
+        onnx_engine._Binding,
+        "run",
+        lambda binding, *args: (decoded.append(len(binding.tokens)), run(binding, *args)),
+    )
+    generator = np.random.default_rng(5)
+    source = source_batch((9, 6, 8, 4))
+    state = engine.start(source.numpy(), source.ne(0).long().numpy(), beams=3)
+    expected = Rows(model, source, 3)
+    # Alike beyond the first capacity of the cache.
+    for step in range(40):
+        if step == 10:
+            engine.select(state, np.array([1, 3]))
+            expected.select(np.array([1, 3]))
+        sources = len(expected.source)
+        tokens = generator.integers(3, VOCAB, sources).repeat(3)
+        if step >= 36:
+            tokens[1] = tokens[0] % (VOCAB - 3) + 3
+        rows = drawn_rows(generator, sources, 3) if step % 2 else None
+        output = engine.step(state, tokens, rows=rows, attention=step == 20)
+        logits, attention = expected.step(tokens, rows)
+        np.testing.assert_allclose(output.logits, logits, rtol=1e-4, atol=1e-4)
+        if step == 20:
+            np.testing.assert_allclose(output.attention, attention[:, : output.attention.shape[1]], atol=1e-5)
+    assert decoded == [4] * 10 + [2] * 26 + [6] * 4
+
+
 def test_candidates_are_the_likeliest_tokens_of_each_row(engine: OnnxEngine) -> None:
     source = source_batch()
     mask = source.ne(0).long().numpy()
@@ -110,7 +142,8 @@ def test_nothing_of_a_batch_stays_when_it_is_done(engine: OnnxEngine) -> None:
             if step == 20:
                 engine.select(state, np.array([0, 2]))
             alive.append(weakref.ref(state.cache))
-            alive.append(weakref.ref(engine.step(state, np.full(len(state.slots), 5)).logits))
+            tokens = np.arange(2 * len(state.shared)) % (2 if step > 5 else 1) + 5
+            alive.append(weakref.ref(engine.step(state, tokens).logits))
         return alive
 
     # Freed at once, not when the collector of cycles comes by.
