@@ -62,6 +62,11 @@ class TargetLayer(DynamicLayer):
         self._written = self.keys
         return self.keys, self.values
 
+    def keep(self, tokens: torch.Tensor) -> None:
+        """Let go of all tokens but these of each row, `(B, kept)`."""
+        places = tokens[:, None, :, None].expand(-1, cast(torch.Tensor, self.keys).shape[1], -1, self.keys.shape[-1])
+        self.keys, self.values = (cast(torch.Tensor, each).gather(2, places) for each in (self.keys, self.values))
+
     def _may_write(self) -> bool:
         """Whether there is memory of our own, with what `keys` and `values` say, that may change."""
         if self._written is None or self.keys is not self._written:
@@ -101,8 +106,9 @@ class SparseqCache(EncoderDecoderCache):
     The source's are there once, and serve all rows that decode it. Nor are the target's moved when beams change
     places: those of all beams of a source are kept one after the other, step by step, `(B, A, T * N, D)`, and each
     beam attends to the tokens that it descends from. So a decoder step of R rows is one of N tokens for each of B
-    sources, with a mask. After a beam search these are the beams that were still running, not the hypotheses that it
-    returns: such a cache is of no use to continue them.
+    sources, with a mask. Once they are many, those that no beam descends from any more are let go. After a beam search
+    these are the beams that were still running, not the hypotheses that it returns: such a cache is of no use to
+    continue them.
 
     Args:
         beams: N, the rows of one source that may change places; 1 keeps each row by itself.
@@ -112,6 +118,8 @@ class SparseqCache(EncoderDecoderCache):
 
     # Positions that are computed at a time.
     _POSITIONS = 64
+    # Tokens of a source up to which none are let go.
+    _MANY = 128
 
     def __init__(self, beams: int = 1, *, step: Step | None = None) -> None:
         target = DynamicCache()
@@ -121,11 +129,13 @@ class SparseqCache(EncoderDecoderCache):
         self.step = step
         # `(B, N, T * N)`, 0 for the tokens that a beam descends from, and the lowest number for others.
         self._descent: torch.Tensor | None = None
+        # Tokens of each source that were let go, and how many there are when the next are looked for.
+        self._forgotten, self._enough = 0, self._MANY
         self._source_mask: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
         self._positions: tuple[int, Positions] | None = None
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return super().get_seq_length(layer_idx) // self.beams
+        return (super().get_seq_length(layer_idx) + self._forgotten) // self.beams
 
     @property
     def takes_steps(self) -> bool:
@@ -138,6 +148,24 @@ class SparseqCache(EncoderDecoderCache):
             self.self_attention_cache.reorder_cache(beam_idx)
         elif self._descent is not None:
             self._descent = self._descent.flatten(0, 1).index_select(0, beam_idx).view_as(self._descent)
+            if self._descent.shape[-1] >= self._enough:
+                self._forget(self._descent)
+
+    def _forget(self, descent: torch.Tensor) -> None:
+        """Let go of what no beam descends from, if that is a quarter of the tokens or more."""
+        number = descent.shape[-1]
+        is_needed = (descent == 0).any(dim=1)
+        kept = int(is_needed.sum(dim=1).max())
+        if kept <= 0.75 * number:
+            # As many of each source, in their order: of some also tokens that nobody needs, which the mask hides.
+            tokens = is_needed.byte().argsort(dim=1, descending=True, stable=True)[:, :kept].sort(dim=1).values
+            for layer in self.self_attention_cache.layers:
+                cast(TargetLayer, layer).keep(tokens)
+            self._descent = descent.gather(2, tokens[:, None].expand(-1, self.beams, -1))
+            self._forgotten += number - kept
+            number = kept
+        # So what looking and moving costs is little beside the steps in between.
+        self._enough = max(self._MANY, number + number // 2)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._give_each_row_its_source()
@@ -158,6 +186,11 @@ class SparseqCache(EncoderDecoderCache):
             source.batch_repeat_interleave(target.keys.shape[0] // source.keys.shape[0])
 
     def crop(self, tokens_to_remove: int) -> None:
+        if self._forgotten:
+            raise ValueError(
+                f"The cache of a search with {self.beams} beams has let go of tokens, so its last steps cannot be "
+                "taken back: start without a cache"
+            )
         super().crop(tokens_to_remove * self.beams)
         if self._descent is not None and tokens_to_remove:
             self._descent = self._descent[..., : -abs(tokens_to_remove) * self.beams]
@@ -165,6 +198,7 @@ class SparseqCache(EncoderDecoderCache):
     def reset(self) -> None:
         super().reset()
         self._descent = self._source_mask = None
+        self._forgotten, self._enough = 0, self._MANY
 
     def extend(self, sources: int, length: int, like: torch.Tensor) -> torch.Tensor:
         """

@@ -45,6 +45,16 @@ DEFECTS = [
         "key, value = cache.layers[0].keys, cache.layers[0].values",
     ),
     Defect(
+        "tokens let go that a beam descends from",
+        "kept = int(is_needed.sum(dim=1).max())",
+        "kept = int(is_needed.sum(dim=1).min())",
+    ),
+    Defect(
+        "positions that do not count tokens that were let go",
+        "(super().get_seq_length(layer_idx) + self._forgotten) // self.beams",
+        "super().get_seq_length(layer_idx) // self.beams",
+    ),
+    Defect(
         "labels shifted twice",
         "labels.to(logits.device).reshape(-1)",
         "labels.to(logits.device).roll(-1, -1).reshape(-1)",

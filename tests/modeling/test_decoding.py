@@ -215,6 +215,22 @@ def test_beams_past_the_first_room_and_the_first_block_of_positions() -> None:
     assert torch.equal(generate(model, ids, num_beams=3, max_new_tokens=140, use_cache=False), tokens)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_that_no_beam_descends_from_are_let_go(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SparseqCache, "_MANY", 8)
+    model, ids = endless(**{**KINDS[kind], "max_position_embeddings": 64}), source_batch((5, 3, 6))
+    options = {"num_beams": 4, "max_new_tokens": 48}
+    output = generate(model, ids, return_dict_in_generate=True, **options)
+    cache = output.past_key_values
+    assert cache.get_seq_length() == 48
+    kept = {layer.keys.shape[2] for layer in cache.self_attention_cache.layers}
+    assert len(kept) == 1
+    assert max(kept) < 48 * 4 * 0.75
+    assert torch.equal(output.sequences, generate(model, ids, use_cache=False, **options))
+    with pytest.raises(ValueError, match="let go of tokens"):
+        cache.crop(-1)
+
+
 def test_learned_positions_are_used_to_the_last() -> None:
     model, ids = endless(position_embedding_type="learned", max_position_embeddings=20), source_batch()
     expected = generate(model, ids, max_new_tokens=20, use_cache=False)
