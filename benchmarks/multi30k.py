@@ -82,6 +82,8 @@ ARMS = {
         *("training.max_steps=2200", "training.average_checkpoints=10"),
     ),
     "augmented": _with_machine_translations("augmented", "training.max_steps=3000"),
+    # From a model of both languages.
+    "joint": _with_machine_translations("joint", "model.dropout=0.15", "training.max_steps=2200"),
     # Once more, where the best model so far has translated. The penalty is the best on the validation set.
     "again": _with_machine_translations("again", "training.max_steps=6000", "decoding.length_penalty=1.6"),
     # From one of these, on people's translations alone.
