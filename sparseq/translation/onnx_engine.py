@@ -13,9 +13,9 @@ from ..graphs.files import read_record
 from ..loading import first_line
 from .engine import StepOutput
 
-# Target tokens that a cache has room for, and as many more whenever they are used up. All of its room is read at every
-# step; with less of it, it is moved more often.
-_ROOM = 32
+# Target tokens that a cache has room for; it doubles when they are used up, but grows by at most so many more. All of
+# its room is read at every step; with less of it, it is moved more often.
+_ROOM, _MORE_ROOM = 16, 32
 
 
 @dataclass
@@ -250,7 +250,7 @@ class OnnxEngine:
         if rows is not None:
             state.continue_rows(rows)
         if state.length == state.cache.shape[3]:
-            state.make_room(_ROOM)
+            state.make_room(min(state.length, _MORE_ROOM))
         name = "step_attention" if attention else "step"
         if name not in state.bindings:
             state.bindings[name] = _Binding(self._session(name), state)

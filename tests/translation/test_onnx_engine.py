@@ -66,7 +66,7 @@ def test_steps_reorders_and_selections_agree_with_the_model(
     source = source_batch((9, 6, 8, 4))
     state = engine.start(source.numpy(), source.ne(0).long().numpy(), beams=beams)
     expected = Rows(model, source, beams)
-    # Beyond the first capacity of the cache, and its double.
+    # The cache grows three times, the last time by half of what it has.
     for step in range(70):
         if step in (20, 41):
             kept = np.array([0, 2, 3]) if step == 20 else np.array([1, 2])
