@@ -64,8 +64,9 @@ class TargetLayer(DynamicLayer):
 
     def keep(self, tokens: torch.Tensor) -> None:
         """Let go of all tokens but these of each row, `(B, kept)`."""
-        places = tokens[:, None, :, None].expand(-1, cast(torch.Tensor, self.keys).shape[1], -1, self.keys.shape[-1])
-        self.keys, self.values = (cast(torch.Tensor, each).gather(2, places) for each in (self.keys, self.values))
+        keys, values = cast(torch.Tensor, self.keys), cast(torch.Tensor, self.values)
+        places = tokens[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        self.keys, self.values = keys.gather(2, places), values.gather(2, places)
 
     def _may_write(self) -> bool:
         """Whether there is memory of our own, with what `keys` and `values` say, that may change."""
