@@ -128,7 +128,7 @@ class SparseqCache(EncoderDecoderCache):
         super().__init__(target, DynamicCache())
         self.beams = beams
         self.step = step
-        # `(B, N, T * N)`, 0 for the tokens that a beam descends from, and the lowest number for others.
+        # `(B, N, T * N - forgotten)`, 0 for the tokens that a beam descends from, and the lowest number for others.
         self._descent: torch.Tensor | None = None
         # Tokens of each source that were let go, and how many there are when the next are looked for.
         self._forgotten, self._enough = 0, self._MANY

@@ -68,13 +68,10 @@ class _State:
 
     def widen(self) -> None:
         """Give each row of a source a slot of its own."""
-        sources, (layers, _, kv_heads, capacity, width) = len(self.shared), self.cache.shape
-        wide = np.zeros((layers, sources, self.beams, kv_heads, capacity, width), dtype=np.float32)
-        wide[..., : self.length, :] = self.cache[:, :sources, None, :, : self.length]
-        self.cache = wide.reshape(layers, -1, kv_heads, capacity, width)
+        sources, capacity = len(self.shared), self.cache.shape[3]
+        self._lay_out(self.cache[:, :sources, :, : self.length].repeat(self.beams, axis=1), capacity)
         self.slots, self.width = np.arange(sources * self.beams), self.beams
         self.shared[:] = self.length
-        self.bindings.clear()
 
     def continue_rows(self, rows: np.ndarray) -> None:
         """Give each row the slot of the row that it continues, or a copy of it."""
@@ -104,13 +101,14 @@ class _State:
 
     def make_room(self, number: int) -> None:
         """Give the cache room for so many more tokens."""
-        rows = len(self.slots)
-        layers, _, kv_heads, _, width = self.cache.shape
-        grown = np.empty((layers, rows, kv_heads, self.length + number, width), dtype=np.float32)
-        grown[:, :, :, : self.length] = self.cache[:, :rows, :, : self.length]
-        # What holds nothing must be finite, or the bias would not hide it.
-        grown[:, :, :, self.length :] = 0
-        self.cache, self.bias = grown, slot_bias(grown.shape[3], self.length)
+        self._lay_out(self.cache[:, : len(self.slots), :, : self.length], self.length + number)
+
+    def _lay_out(self, tokens: np.ndarray, capacity: int) -> None:
+        """Begin a new cache with these tokens, `(layers * 2, B * width, K, length, P)`."""
+        # Zeros, since what holds nothing must be finite, or the bias would not hide it.
+        self.cache = np.zeros((*tokens.shape[:3], capacity, tokens.shape[4]), dtype=np.float32)
+        self.cache[:, :, :, : self.length] = tokens
+        self.bias = _slot_bias(capacity, self.length)
         self.bindings.clear()
 
     def select(self, sources: np.ndarray) -> None:
@@ -128,7 +126,7 @@ class _State:
         self.bindings.clear()
 
 
-def slot_bias(capacity: int, length: int) -> np.ndarray:
+def _slot_bias(capacity: int, length: int) -> np.ndarray:
     """What hides all places of a cache but the first `length` and the last one."""
     bias = np.zeros((1, 1, 1, capacity), dtype=np.float32)
     bias[..., length:-1] = HIDDEN
@@ -222,7 +220,7 @@ class OnnxEngine:
         sources = len(input_ids)
         cache = np.zeros((2 * self._layers, sources, self._kv_heads, _ROOM, self._width), dtype=np.float32)
         shared = np.zeros((sources, beams, beams), dtype=np.int64)
-        return _State(beams, source, cache, slot_bias(_ROOM, 0), np.arange(sources), shared)
+        return _State(beams, source, cache, _slot_bias(_ROOM, 0), np.arange(sources), shared)
 
     def step(
         self,
