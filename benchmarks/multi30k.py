@@ -2,6 +2,7 @@
 
     python benchmarks/multi30k.py run multi30k runs                    # hours an arm; goes on where it stopped
     python benchmarks/multi30k.py run multi30k runs --arms paper --targets de fr --seeds 1 2 3
+    accelerate launch --num_processes 2 benchmarks/multi30k.py run ...         # shares the two batches of an update
     python benchmarks/multi30k.py report runs --split val              # arms are compared on this one alone
     python benchmarks/multi30k.py report runs --json multi30k.json     # the test set, beside published figures
     python benchmarks/multi30k.py report runs --unfinished             # also runs that have not ended yet
@@ -43,6 +44,7 @@ from sparseq.text_table import format_table
 from sparseq.training.allocator import keep_freed_memory
 from sparseq.training.average_command import write_average
 from sparseq.training.checkpoints import checkpoint_step, complete_checkpoints
+from sparseq.training.fitting import prepare_process
 from sparseq.training.recipes import Recipe, build_recipe, load_recipe
 from sparseq.training.run import train
 from sparseq.training.text import translate_text
@@ -112,6 +114,7 @@ def run(args: argparse.Namespace) -> None:
             f"arm {missing[0]} goes on from another model: name it with --start (docs/results.md has the commands "
             f"that make one), or leave the arm out"
         )
+    processes = prepare_process().num_processes
     for seed in args.seeds:
         for target in args.targets:
             for arm in args.arms:
@@ -119,19 +122,29 @@ def run(args: argparse.Namespace) -> None:
                 if (folder / "results.json").is_file():
                     print(f"{folder} is finished")
                     continue
-                recipe = arm_recipe(ARMS[arm], args.data, target, seed, args.start)
+                recipe = arm_recipe(ARMS[arm], args.data, target, seed, args.start, processes)
                 print(f"{folder}: recipe {recipe.name} {' '.join(ARMS[arm].overrides)}", flush=True)
                 train(recipe, folder, bootstrap=RESAMPLES)
 
 
-def arm_recipe(arm: Arm, data: Path, target: str, seed: int, start: Path | None = None) -> Recipe:
+def arm_recipe(arm: Arm, data: Path, target: str, seed: int, start: Path | None = None, processes: int = 1) -> Recipe:
     """The recipe of one run."""
     places = {"folder": data, "source": SOURCE, "target": target}
     places |= {"train": SPLITS["train"], "validation": SPLITS["val"], "test": SPLITS["test"]}
     changes = [f"data.{key}={value}" for key, value in places.items()]
     if arm.starts:
         changes.append(f"start.checkpoint={start}")
-    return load_recipe(arm.recipe, [*arm.overrides, *changes, f"seed={seed}"])
+    changes = [*arm.overrides, *changes, f"seed={seed}"]
+    # Several processes share the batches that a recipe sums up for an update, so that it remains the recipe's.
+    batches = load_recipe(arm.recipe, changes).training.gradient_accumulation_steps
+    if batches % processes == 0:
+        changes.append(f"training.gradient_accumulation_steps={batches // processes}")
+    elif batches > 1:
+        raise SystemExit(
+            f"recipe {arm.recipe} has {batches} batches an update, which {processes} processes cannot share: start "
+            f"as many processes as divide {batches}"
+        )
+    return load_recipe(arm.recipe, changes)
 
 
 def report(args: argparse.Namespace) -> None:

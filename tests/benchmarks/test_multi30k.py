@@ -48,6 +48,18 @@ def test_the_paper_s_arm_is_the_recipe_on_the_tokenised_text(multi30k: Any) -> N
     assert made == load_recipe("transformer-tiny-2021", typed)
 
 
+def test_several_processes_make_the_updates_of_one(multi30k: Any) -> None:
+    def batches(arm: str, processes: int) -> int:
+        made = multi30k.arm_recipe(multi30k.ARMS[arm], Path("captions"), "fr", 1, Path("start"), processes=processes)
+        return int(made.training.gradient_accumulation_steps * processes)
+
+    assert [batches("paper", processes) for processes in (1, 2)] == [2, 2]
+    with pytest.raises(SystemExit, match="2 batches an update, which 3 processes cannot share"):
+        batches("paper", 3)
+    # One batch cannot be shared: these grow with the processes, which docs/results.md says of them.
+    assert [batches("joint", processes) for processes in (1, 2)] == [1, 2]
+
+
 def test_every_arm_s_recipe_holds_and_no_two_share_a_folder(multi30k: Any) -> None:
     recipes = [
         multi30k.arm_recipe(arm, Path("captions"), "de", 1, Path("pretrained")).to_dict()
