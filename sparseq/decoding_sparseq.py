@@ -7,6 +7,9 @@ Shapes: B sources, N beams of each side by side (or 1), R = B * N rows, S source
 size, K experts per token.
 """
 
+import functools
+import math
+import platform
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -43,6 +46,65 @@ _FORWARDS: dict[type[nn.Module], Any] = {
 }
 
 
+class LinearStep:
+    """
+    A linear layer in one step of decoding.
+
+    On the CPU a step waits for its weight from memory, and a product of few rows takes longer to bring it into order
+    than to compute. So a weight that many steps need is laid out in the order in which it is read: for several rows by
+    oneDNN, for a single one with the numbers that one input is multiplied by side by side. It is a copy, made for one
+    call of generate().
+    """
+
+    # Numbers of a weight up to which nothing is gained, because a product takes no longer than the way to oneDNN, and
+    # rows up to which the other layout gains where oneDNN is missing.
+    _SMALL, _FEW_ROWS = 1 << 17, 16
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.weight, self.bias = weight, bias
+        self._packed: torch.Tensor | None = None
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """`(..., inputs)` to `(..., outputs)`."""
+        if self._packed is not None:
+            product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, self._packed, self.bias, "none", [], "")
+            return product
+        return F.linear(states, self.weight, self.bias)
+
+    def lay_out(self, rows: int) -> int:
+        """Lay the weight out anew for products of so many rows, if that gains; returns how many numbers are copied."""
+        weight = self.weight
+        if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.numel() <= self._SMALL:
+            return 0
+        if rows > 1 and packs():
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        elif rows <= self._FEW_ROWS and weight.shape[0] >= 2 * weight.shape[1]:
+            self.weight = weight.detach().t().contiguous().t()
+        else:
+            return 0
+        return weight.numel()
+
+
+@functools.cache
+def packs() -> bool:
+    """
+    Whether torch has the products with weights laid out by oneDNN that its compiler uses, and they are right: they are
+    not of its public interface.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    states, weight, bias = (
+        torch.arange(math.prod(shape), dtype=torch.float32, device="cpu").view(shape)
+        for shape in ((2, 1, 3), (4, 3), (4,))
+    )
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 2)
+        product = torch.ops.mkldnn._linear_pointwise(states, packed, bias, "none", [], "")
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.equal(product, F.linear(states, weight, bias))
+
+
 class AttentionStep:
     """An attention layer in one step of decoding, in which each query sees all keys but those that a mask hides."""
 
@@ -53,14 +115,15 @@ class AttentionStep:
     def __init__(self, attention: SparseqAttention, is_cross_attention: bool) -> None:
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         self.groups = attention.num_key_value_groups
-        self.out = (attention.out_proj.weight, attention.out_proj.bias)
+        self.out = LinearStep(attention.out_proj.weight, attention.out_proj.bias)
         inputs = [attention.q_proj] if is_cross_attention else [attention.q_proj, attention.k_proj, attention.v_proj]
-        self.inputs: list[tuple[torch.Tensor, torch.Tensor | None]] = [(each.weight, each.bias) for each in inputs]
+        self.inputs = [LinearStep(each.weight, each.bias) for each in inputs]
         # In heads.
         self.sizes = [linear.out_features // self.head_dim for linear in inputs]
         if len(inputs) > 1 and attention.q_proj.weight.numel() <= self._FUSED:
-            biases = [bias for _, bias in self.inputs if bias is not None]
-            self.inputs = [(torch.cat([weight for weight, _ in self.inputs]), torch.cat(biases) if biases else None)]
+            biases = [each.bias for each in inputs if each.bias is not None]
+            weight = torch.cat(tuple(each.weight for each in inputs))
+            self.inputs = [LinearStep(weight, torch.cat(biases) if biases else None)]
 
     def over_target(
         self,
@@ -72,11 +135,11 @@ class AttentionStep:
         """Add `(B, N, H)` to the cache and attend to all in it; `mask` is `(B, 1, N, L')`. Returns `(B, N, H)`."""
         sources, rows, _ = states.shape
         if len(self.inputs) == 1:
-            heads = F.linear(states, *self.inputs[0]).view(sources, rows, -1, self.head_dim).transpose(1, 2)
+            heads = self.inputs[0](states).view(sources, rows, -1, self.head_dim).transpose(1, 2)
             query, key, value = heads.split(self.sizes, dim=1)
         else:
             query, key, value = (
-                F.linear(states, *pair).view(sources, rows, -1, self.head_dim).transpose(1, 2) for pair in self.inputs
+                each(states).view(sources, rows, -1, self.head_dim).transpose(1, 2) for each in self.inputs
             )
         if rotary is not None:
             query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
@@ -86,7 +149,7 @@ class AttentionStep:
     def over_source(self, states: torch.Tensor, cache: Any, mask: torch.Tensor | None) -> torch.Tensor:
         """Attend to the source in the cache; `mask` is `(B, 1, 1, S)`. `(B, N, H)` to the same shape."""
         key = cache.keys
-        query = F.linear(states, *self.inputs[0]).view(key.shape[0], -1, self.sizes[0], self.head_dim)
+        query = self.inputs[0](states).view(key.shape[0], -1, self.sizes[0], self.head_dim)
         return self._attend(query.transpose(1, 2), key, cache.values, mask, states)
 
     def _attend(
@@ -106,21 +169,21 @@ class AttentionStep:
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scaling)
         if groups > 1:
             output = output.unflatten(2, (groups, -1)).flatten(1, 2)
-        return F.linear(output.transpose(1, 2).reshape(states.shape), *self.out)
+        return self.out(output.transpose(1, 2).reshape(states.shape))
 
 
 class MLPStep:
     """A dense feed-forward layer in one step of decoding."""
 
     def __init__(self, mlp: SparseqMLP) -> None:
-        self.up, self.down = (mlp.up_proj.weight, mlp.up_proj.bias), (mlp.down_proj.weight, mlp.down_proj.bias)
-        self.gate = None if mlp.gate_proj is None else (mlp.gate_proj.weight, mlp.gate_proj.bias)
+        self.up, self.down = (LinearStep(each.weight, each.bias) for each in (mlp.up_proj, mlp.down_proj))
+        self.gate = None if mlp.gate_proj is None else LinearStep(mlp.gate_proj.weight, mlp.gate_proj.bias)
         self.activation = mlp.act_fn.activation
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        inner = F.linear(states, *self.up)
-        inner = self.activation(inner) if self.gate is None else self.activation(F.linear(states, *self.gate)) * inner
-        return F.linear(inner, *self.down)
+        inner = self.up(states)
+        inner = self.activation(inner) if self.gate is None else self.activation(self.gate(states)) * inner
+        return self.down(inner)
 
 
 class SparseMLPStep:
@@ -178,6 +241,16 @@ class LayerStep:
         self.mlp = MLPStep(layer.mlp) if isinstance(layer.mlp, SparseqMLP) else SparseMLPStep(layer.mlp)
         self.norms = (layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm)
 
+    def linears(self) -> Iterator[LinearStep]:
+        """All products with one weight for all rows."""
+        for attention in (self.self_attn, self.encoder_attn):
+            yield from attention.inputs
+            yield attention.out
+        mlp = self.mlp if isinstance(self.mlp, MLPStep) else self.mlp.shared
+        if mlp is not None:
+            yield from (mlp.up, mlp.down)
+            yield from () if mlp.gate is None else (mlp.gate,)
+
     def __call__(
         self,
         states: torch.Tensor,
@@ -199,30 +272,28 @@ class LayerStep:
 
 
 class HeadStep:
-    """
-    The product of a step's states with the vocabulary's weight.
+    """The product of a step's states with the vocabulary's weight, which is laid out anew once it has paid."""
 
-    On the CPU it waits for that weight from memory as long as rows are few. With the numbers that one input is
-    multiplied by side by side, it comes several times as fast as with those that make one output; so it is laid out
-    like that when this has been missed for as long as it takes. It is a copy, made for one call of generate().
-    """
-
-    # Rows up to which it gains, steps by which it would have paid, numbers up to which it is worth its memory.
-    _FEW_ROWS, _PAID_BY, _LARGEST = 16, 16, 1 << 25
+    # Steps by which laying it out would have paid, and numbers up to which it is worth its memory.
+    _PAID_BY, _LARGEST = 8, 1 << 25
 
     def __init__(self) -> None:
-        self.weight: torch.Tensor | None = None
+        self.linear: LinearStep | None = None
         self._steps = 0
-        # What the copy is of.
+        # What `linear` is of.
         self._state: tuple[int, int] | None = None
 
     def __call__(self, head: Any, states: torch.Tensor) -> torch.Tensor:
         """What `head` makes of `(R, 1, H)`."""
         self._steps += 1
-        if self._steps == self._PAID_BY and states.shape[0] <= self._FEW_ROWS and self._serves(head, states):
-            self.weight, self._state = head.weight.detach().t().contiguous().t(), _state_of(head.weight)
-        if self.weight is not None and self._serves(head, states) and self._state == _state_of(head.weight):
-            return F.linear(states, self.weight)
+        rows = states.shape[0]
+        # A product of one row takes so little that it pays later.
+        if self._steps == (self._PAID_BY if rows > 1 else 2 * self._PAID_BY) and self._serves(head, states):
+            linear = LinearStep(head.weight, None)
+            if linear.lay_out(rows):
+                self.linear, self._state = linear, _state_of(head.weight)
+        if self.linear is not None and self._serves(head, states) and self._state == _state_of(head.weight):
+            return self.linear(states)
         logits: torch.Tensor = head(states)
         return logits
 
@@ -235,7 +306,7 @@ class HeadStep:
         # Those of inference mode do not say when they are changed.
         is_plain = weight.dtype == states.dtype == torch.float32 and weight.device.type == "cpu"
         is_plain = is_plain and not weight.is_inference() and not torch.is_autocast_enabled("cpu")
-        return is_plain and weight.shape[0] >= 2 * weight.shape[1] and weight.numel() <= self._LARGEST
+        return is_plain and weight.numel() <= self._LARGEST
 
 
 def _state_of(weight: torch.Tensor) -> tuple[int, int]:
@@ -250,11 +321,15 @@ class DecoderStep:
     generate(), and holds some of the decoder's weights a second time.
     """
 
+    # Steps by which it has paid to lay the weights out anew, and numbers that are copied for that.
+    _PAID_BY, _COPIED = 16, 1 << 25
+
     def __init__(self, decoder: SparseqDecoder) -> None:
         self.decoder = decoder
         self.head = HeadStep()
         self.limit = decoder.position_limit()
         self.layers = [LayerStep(cast(SparseqDecoderLayer, layer)) for layer in decoder.layers]
+        self._steps = 0
 
     @staticmethod
     def serves(decoder: SparseqDecoder) -> bool:
@@ -284,6 +359,9 @@ class DecoderStep:
             Hidden states `(R, 1, H)`.
         """
         decoder, limit = self.decoder, self.limit
+        self._steps += 1
+        if self._steps == self._PAID_BY and not torch.is_autocast_enabled(input_ids.device.type):
+            self._lay_out(input_ids.shape[0])
         past, beams = cache.get_seq_length(), cache.beams
         if limit is not None:
             decoder.check_length(past + 1)
@@ -307,6 +385,14 @@ class DecoderStep:
         if decoder.norm is not None:
             states = decoder.norm(states)
         return states.view(input_ids.shape[0], 1, -1)
+
+    def _lay_out(self, rows: int) -> None:
+        """Lay the weights out anew, as many as there may be copies of."""
+        left = self._COPIED
+        for layer in self.layers:
+            for linear in layer.linears():
+                if linear.weight.numel() <= left:
+                    left -= linear.lay_out(rows)
 
 
 def _bypassed(decoder: nn.Module) -> Iterator[nn.Module]:

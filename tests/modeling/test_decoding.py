@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from sparseq import SparseqForConditionalGeneration
+from sparseq import SparseqForConditionalGeneration, decoding_sparseq
 from sparseq.cache_sparseq import SparseqCache, TargetLayer
-from sparseq.decoding_sparseq import DecoderStep, HeadStep
+from sparseq.decoding_sparseq import DecoderStep, HeadStep, LinearStep, packs
 from sparseq.modeling_sparseq import SparseqAttention
 from tests.absent import run_without_package
 from tests.tiny import PAD, source_batch, tiny_model
@@ -118,22 +118,54 @@ def heads(monkeypatch: pytest.MonkeyPatch) -> list[HeadStep]:
     return made
 
 
-LONG = 2 * HeadStep._PAID_BY
+LONG = DecoderStep._PAID_BY + 16
+# Steps by which it pays to lay the head out anew, for one row.
+PAID_BY = 2 * HeadStep._PAID_BY
+
+
+@pytest.fixture(params=["oneDNN", "without oneDNN"])
+def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What lays weights out anew, small ones too."""
+    monkeypatch.setattr(LinearStep, "_SMALL", 0)
+    if request.param == "oneDNN":
+        if not packs():
+            pytest.skip("torch has no oneDNN here")
+    else:
+        monkeypatch.setattr(decoding_sparseq, "packs", lambda: False)
+    return str(request.param)
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, int]]:
+    """Shapes of the weights that may be laid out anew, and the numbers that were copied for each."""
+    made: list[tuple[torch.Size, int]] = []
+    original = LinearStep.lay_out
+
+    def noted(self: LinearStep, rows: int) -> int:
+        shape, copied = self.weight.shape, original(self, rows)
+        made.append((shape, copied))
+        return copied
+
+    monkeypatch.setattr(LinearStep, "lay_out", noted)
+    return made
 
 
 @pytest.mark.parametrize("rows", [1, 4, 17])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_head_laid_out_anew_gives_the_logits_of_one_forward(kind: str, rows: int, heads: list[HeadStep]) -> None:
+def test_weights_laid_out_anew_give_the_logits_of_one_forward(
+    kind: str, rows: int, layout: str, copies: list[tuple[torch.Size, int]]
+) -> None:
     # As wide as it takes for outputs to be twice the inputs.
     model, ids = endless(**KINDS[kind], vocab_size=128), source_batch(((7, 4, 6, 5) * 5)[:rows])
     output = generate(model, ids, output_logits=True, return_dict_in_generate=True, max_new_tokens=LONG)
     expected = model(input_ids=ids, decoder_input_ids=output.sequences[:, :-1]).logits
     assert_close(torch.stack(output.logits, dim=1), expected, torch.float32)
-    (head,) = heads
-    assert (head.weight is not None) == (rows <= HeadStep._FEW_ROWS)
-    if head.weight is not None:
-        assert torch.equal(head.weight, model.lm_head.weight)
-        assert head.weight.stride() == (1, len(head.weight))
+    assert model.lm_head.weight.shape in [shape for shape, _ in copies]
+    # Queries of both kinds of attention, and their outputs, in each layer.
+    assert len(copies) > 4 * len(model.model.decoder.layers)
+    for (outputs, inputs), copied in copies:
+        gains = rows <= 16 and outputs >= 2 * inputs if rows == 1 or layout != "oneDNN" else True
+        assert copied == (outputs * inputs if gains else 0)
 
 
 def hook_the_head(model: Any) -> None:
@@ -165,16 +197,20 @@ class At(LogitsProcessor):
 
 
 @pytest.mark.parametrize("change", [hook_the_head, change_the_head, replace_the_head])
-@pytest.mark.parametrize("length", [1, HeadStep._PAID_BY - 3, HeadStep._PAID_BY + 5])
-def test_a_head_that_changes_is_the_one_that_is_used(length: int, change: Any, heads: list[HeadStep]) -> None:
+@pytest.mark.parametrize("length", [1, PAID_BY - 3, PAID_BY + 5])
+@pytest.mark.parametrize("lengths", [(7,), (7, 4)])
+def test_a_head_that_changes_is_the_one_that_is_used(
+    lengths: tuple[int, ...], length: int, change: Any, heads: list[HeadStep], layout: str
+) -> None:
     written = []
     for has_cache in (True, False):
-        model, ids = endless(vocab_size=128), source_batch((7,))
+        model, ids = endless(vocab_size=128), source_batch(lengths)
         at = LogitsProcessorList([At(length, change, model)])
         written.append(generate(model, ids, max_new_tokens=LONG, logits_processor=at, use_cache=has_cache))
     assert torch.equal(*written)
-    assert heads
-    unchanged = generate(endless(vocab_size=128), source_batch((7,)), max_new_tokens=LONG)
+    (head,) = heads
+    assert head.linear is not None or length < PAID_BY
+    unchanged = generate(endless(vocab_size=128), source_batch(lengths), max_new_tokens=LONG)
     assert not torch.equal(written[0], unchanged), "the change has no effect"
 
 
@@ -192,7 +228,53 @@ def test_a_head_is_left_as_it_is_where_that_gains_nothing(
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"):
         generate(model, ids, max_new_tokens=LONG)
     (head,) = heads
-    assert head.weight is None
+    assert head.linear is None
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_copies_of_weights_are_bounded(
+    rows: int, layout: str, copies: list[tuple[torch.Size, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DecoderStep, "_COPIED", 4000)
+    monkeypatch.setattr(HeadStep, "_LARGEST", 0)
+    generate(endless(**DENSE), source_batch((7, 4, 6, 5)[:rows]), max_new_tokens=LONG)
+    assert 0 < sum(copied for _, copied in copies) <= 4000
+
+
+def test_small_weights_are_left_as_they_are(copies: list[tuple[torch.Size, int]]) -> None:
+    generate(endless(**DENSE, vocab_size=128), source_batch(), max_new_tokens=LONG)
+    assert {copied for _, copied in copies} == {0}
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "autocast"])
+def test_layers_in_other_precisions_are_left_as_they_are(
+    kind: str, layout: str, copies: list[tuple[torch.Size, int]]
+) -> None:
+    model = endless(**DENSE).to(torch.bfloat16) if kind == "bfloat16" else endless(**DENSE)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"):
+        generate(model, source_batch(), max_new_tokens=LONG)
+    assert {copied for _, copied in copies} <= {0}
+
+
+def test_weights_made_in_inference_mode_are_used(layout: str) -> None:
+    with torch.inference_mode():
+        model, ids = endless(**DENSE, vocab_size=128), source_batch()
+        tokens = generate(model, ids, max_new_tokens=LONG)
+        assert torch.equal(tokens, generate(model, ids, max_new_tokens=LONG, use_cache=False))
+
+
+def test_a_torch_without_these_products_or_with_others_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ops:
+        def _reorder_linear_weight(self, weight: torch.Tensor, rows: int) -> torch.Tensor:
+            return weight
+
+        def _linear_pointwise(self, states: torch.Tensor, weight: torch.Tensor, *others: Any) -> torch.Tensor:
+            return states @ weight.T
+
+    for ops in (object(), Ops()):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.ops, "mkldnn", ops)
+            assert not packs.__wrapped__()
 
 
 def test_a_prefix_is_continued_by_beams_that_share(steps: list[int]) -> None:
