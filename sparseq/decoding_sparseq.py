@@ -121,7 +121,7 @@ class AttentionStep:
         # In heads.
         self.sizes = [linear.out_features // self.head_dim for linear in inputs]
         if len(inputs) > 1 and attention.q_proj.weight.numel() <= self._FUSED:
-            biases = [each.bias for each in inputs if each.bias is not None]
+            biases: list[torch.Tensor] = [each.bias for each in inputs if each.bias is not None]
             weight = torch.cat(tuple(each.weight for each in inputs))
             self.inputs = [LinearStep(weight, torch.cat(biases) if biases else None)]
 
