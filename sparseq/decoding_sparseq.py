@@ -23,6 +23,7 @@ from .modeling_sparseq import (
     SparseqAttention,
     SparseqDecoder,
     SparseqDecoderLayer,
+    SparseqExperts,
     SparseqGatedBiasExperts,
     SparseqGatedExperts,
     SparseqMLP,
@@ -56,7 +57,7 @@ class LinearStep:
     call of generate().
     """
 
-    # Numbers of a weight up to which nothing is gained, because a product takes no longer than the way to oneDNN, and
+    # Numbers of a weight below which nothing is gained, because a product takes no longer than the way to oneDNN, and
     # rows up to which the other layout gains where oneDNN is missing.
     _SMALL, _FEW_ROWS = 1 << 17, 16
 
@@ -71,10 +72,15 @@ class LinearStep:
             return product
         return F.linear(states, self.weight, self.bias)
 
+    @property
+    def is_laid_out(self) -> bool:
+        """Whether oneDNN has laid the weight out."""
+        return self._packed is not None
+
     def lay_out(self, rows: int) -> int:
         """Lay the weight out anew for products of so many rows, if that gains; returns how many numbers are copied."""
         weight = self.weight
-        if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.numel() <= self._SMALL:
+        if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.numel() < self._SMALL:
             return 0
         if rows > 1 and packs():
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
@@ -180,10 +186,32 @@ class MLPStep:
         self.gate = None if mlp.gate_proj is None else LinearStep(mlp.gate_proj.weight, mlp.gate_proj.bias)
         self.activation = mlp.act_fn.activation
 
+    def linears(self) -> Iterator[list[LinearStep]]:
+        """Its products, each by itself."""
+        yield from ([each] for each in (self.up, self.down, self.gate) if each is not None)
+
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         inner = self.up(states)
         inner = self.activation(inner) if self.gate is None else self.activation(self.gate(states)) * inner
         return self.down(inner)
+
+
+class ExpertStep:
+    """One expert in one step of decoding."""
+
+    def __init__(self, first: LinearStep, second: LinearStep, experts: SparseqExperts) -> None:
+        self.first, self.second = first, second
+        self.has_gate, self.activation = experts.has_gate, experts.act_fn.activation
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(N, H)` to the same shape."""
+        inner = self.first(tokens)
+        if self.has_gate:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = self.activation(gate) * up
+        else:
+            inner = self.activation(inner)
+        return self.second(inner)
 
 
 class SparseMLPStep:
@@ -193,42 +221,55 @@ class SparseMLPStep:
     _FEW = 8
 
     def __init__(self, mlp: SparseqSparseMLP) -> None:
-        self.mlp, self.router, self.experts = mlp, mlp.router, mlp.experts
+        self.mlp, self.router = mlp, mlp.router
         self.router_weight = mlp.router.weight.float()
         self.shared = None if mlp.shared_experts is None else MLPStep(mlp.shared_experts)
-        self.has_gate, self.activation = mlp.experts.has_gate, mlp.experts.act_fn.activation
-        # Weight and bias of the first and of the second projection of each expert that was chosen so far.
-        self.used: dict[int, tuple[Any, ...]] = {}
+        parts = (
+            [None] * mlp.experts.num_experts if stacked is None else stacked.unbind()
+            for stacked in mlp.experts.stacked_parameters()
+        )
+        self.experts = [
+            ExpertStep(LinearStep(weight_in, bias_in), LinearStep(weight_out, bias_out), mlp.experts)
+            for weight_in, bias_in, weight_out, bias_out in zip(*parts, strict=True)
+        ]
+
+    def linears(self, rows: int) -> Iterator[list[LinearStep]]:
+        """Its products that may be laid out anew for a step of so many rows; those of the experts together."""
+        if self.shared is not None:
+            yield from self.shared.linears()
+        # Without oneDNN these would not be used, because the layer itself multiplies stacked weights.
+        if rows * self.router.top_k > self._FEW and packs():
+            yield [linear for expert in self.experts for linear in (expert.first, expert.second)]
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         flat = states.view(-1, states.shape[-1])
         is_autocast = torch.is_autocast_enabled(states.device.type)
-        if flat.shape[0] * self.router.top_k > self._FEW or states.device.type != "cpu" or is_autocast:
+        has_few = flat.shape[0] * self.router.top_k <= self._FEW
+        if not (has_few or self.experts[0].first.is_laid_out) or states.device.type != "cpu" or is_autocast:
             return self.mlp(states)[0]
         weights, indices = self.router.choose(F.linear(flat.float(), self.router_weight))
-        outputs = [
-            torch.mm(weights[row : row + 1], self._of_experts(flat[row : row + 1], chosen).to(weights.dtype))
-            for row, chosen in enumerate(indices.tolist())
-        ]
-        mixed = (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(states.dtype).view(states.shape)
+        mix = self._one_by_one if has_few else self._sorted
+        mixed = mix(flat, weights, indices).to(states.dtype).view(states.shape)
         return mixed if self.shared is None else mixed + self.shared(states)
 
-    def _of_experts(self, token: torch.Tensor, chosen: list[int]) -> torch.Tensor:
-        """What each chosen expert makes of a token `(1, H)`; `(K, H)`."""
+    def _one_by_one(self, tokens: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """What the experts `(N, K)` make of tokens `(N, H)`, in the sum that `weights` `(N, K)` say; `(N, H)`."""
         outputs = []
-        for expert in chosen:
-            if expert not in self.used:
-                stacked = self.experts.stacked_parameters()
-                self.used[expert] = tuple(None if of_all is None else of_all[expert] for of_all in stacked)
-            weight_in, bias_in, weight_out, bias_out = self.used[expert]
-            inner = F.linear(token, weight_in, bias_in)
-            if self.has_gate:
-                gate, up = inner.chunk(2, dim=-1)
-                inner = self.activation(gate) * up
-            else:
-                inner = self.activation(inner)
-            outputs.append(F.linear(inner, weight_out, bias_out))
-        return torch.cat(outputs)
+        for row, chosen in enumerate(indices.tolist()):
+            made = torch.cat([self.experts[expert](tokens[row : row + 1]) for expert in chosen])
+            outputs.append(torch.mm(weights[row : row + 1], made.to(weights.dtype)))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _sorted(self, tokens: torch.Tensor, weights: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """The same with one product for all tokens of an expert."""
+        ids, order = indices.flatten().sort(stable=True)
+        parts = tokens.index_select(0, order // self.router.top_k).split(
+            torch.bincount(ids, minlength=len(self.experts)).tolist()
+        )
+        made = [expert(part) for expert, part in zip(self.experts, parts, strict=True) if part.shape[0]]
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0]))
+        outputs = torch.cat(made).index_select(0, places).view(*indices.shape, -1)
+        return (outputs * weights[..., None]).sum(dim=1)
 
 
 class LayerStep:
@@ -241,15 +282,11 @@ class LayerStep:
         self.mlp = MLPStep(layer.mlp) if isinstance(layer.mlp, SparseqMLP) else SparseMLPStep(layer.mlp)
         self.norms = (layer.self_attn_layer_norm, layer.encoder_attn_layer_norm, layer.final_layer_norm)
 
-    def linears(self) -> Iterator[LinearStep]:
-        """All products with one weight for all rows."""
+    def linears(self, rows: int) -> Iterator[list[LinearStep]]:
+        """Its products that may be laid out anew for a step of so many rows; together those of use only together."""
         for attention in (self.self_attn, self.encoder_attn):
-            yield from attention.inputs
-            yield attention.out
-        mlp = self.mlp if isinstance(self.mlp, MLPStep) else self.mlp.shared
-        if mlp is not None:
-            yield from (mlp.up, mlp.down)
-            yield from () if mlp.gate is None else (mlp.gate,)
+            yield from ([each] for each in (*attention.inputs, attention.out))
+        yield from self.mlp.linears() if isinstance(self.mlp, MLPStep) else self.mlp.linears(rows)
 
     def __call__(
         self,
@@ -390,9 +427,9 @@ class DecoderStep:
         """Lay the weights out anew, as many as there may be copies of."""
         left = self._COPIED
         for layer in self.layers:
-            for linear in layer.linears():
-                if linear.weight.numel() <= left:
-                    left -= linear.lay_out(rows)
+            for linears in layer.linears(rows):
+                if sum(linear.weight.numel() for linear in linears) <= left:
+                    left -= sum(linear.lay_out(rows) for linear in linears)
 
 
 def _bypassed(decoder: nn.Module) -> Iterator[nn.Module]:

@@ -11,8 +11,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from sparseq import SparseqForConditionalGeneration, decoding_sparseq
 from sparseq.cache_sparseq import SparseqCache, TargetLayer
-from sparseq.decoding_sparseq import DecoderStep, HeadStep, LinearStep, packs
-from sparseq.modeling_sparseq import SparseqAttention
+from sparseq.decoding_sparseq import DecoderStep, HeadStep, LinearStep, SparseMLPStep, packs
+from sparseq.modeling_sparseq import SparseqAttention, SparseqSparseMLP
 from tests.absent import run_without_package
 from tests.tiny import PAD, source_batch, tiny_model
 from tests.tolerances import assert_close
@@ -150,10 +150,24 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, int]]:
     return made
 
 
-@pytest.mark.parametrize("rows", [1, 4, 17])
+@pytest.fixture
+def sorts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each call of experts that are laid out anew."""
+    calls: list[int] = []
+    original = SparseMLPStep._sorted
+
+    def counted(self: SparseMLPStep, tokens: torch.Tensor, *choice: torch.Tensor) -> torch.Tensor:
+        calls.append(tokens.shape[0])
+        return original(self, tokens, *choice)
+
+    monkeypatch.setattr(SparseMLPStep, "_sorted", counted)
+    return calls
+
+
+@pytest.mark.parametrize("rows", [1, 5, 17])
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_laid_out_anew_give_the_logits_of_one_forward(
-    kind: str, rows: int, layout: str, copies: list[tuple[torch.Size, int]]
+    kind: str, rows: int, layout: str, copies: list[tuple[torch.Size, int]], sorts: list[int]
 ) -> None:
     # As wide as it takes for outputs to be twice the inputs.
     model, ids = endless(**KINDS[kind], vocab_size=128), source_batch(((7, 4, 6, 5) * 5)[:rows])
@@ -163,6 +177,11 @@ def test_weights_laid_out_anew_give_the_logits_of_one_forward(
     assert model.lm_head.weight.shape in [shape for shape, _ in copies]
     # Queries of both kinds of attention, and their outputs, in each layer.
     assert len(copies) > 4 * len(model.model.decoder.layers)
+    sparse = [layer.mlp for layer in model.model.decoder.layers if isinstance(layer.mlp, SparseqSparseMLP)]
+    has_many = any(rows * mlp.router.top_k > SparseMLPStep._FEW for mlp in sparse)
+    # In every step from then on; the first token is not a step.
+    later = LONG - DecoderStep._PAID_BY
+    assert len(sorts) == (len(sparse) * later if has_many and layout == "oneDNN" else 0)
     for (outputs, inputs), copied in copies:
         gains = rows <= 16 and outputs >= 2 * inputs if rows == 1 or layout != "oneDNN" else True
         assert copied == (outputs * inputs if gains else 0)
@@ -239,6 +258,27 @@ def test_copies_of_weights_are_bounded(
     monkeypatch.setattr(HeadStep, "_LARGEST", 0)
     generate(endless(**DENSE), source_batch((7, 4, 6, 5)[:rows]), max_new_tokens=LONG)
     assert 0 < sum(copied for _, copied in copies) <= 4000
+
+
+def test_experts_are_laid_out_all_or_none(
+    copies: list[tuple[torch.Size, int]], sorts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not packs():
+        pytest.skip("torch has no oneDNN here")
+    monkeypatch.setattr(LinearStep, "_SMALL", 0)
+    monkeypatch.setattr(HeadStep, "_LARGEST", 0)
+    model, ids = endless(decoder_layers=1), source_batch((7,) * 5)
+    generate(model, ids, max_new_tokens=LONG)
+    needed = sum(copied for _, copied in copies)
+    assert sorts
+    sorts.clear()
+    copies.clear()
+    monkeypatch.setattr(DecoderStep, "_COPIED", needed - 1)
+    tokens = generate(model, ids, max_new_tokens=LONG)
+    weight_in, _, weight_out, _ = model.model.decoder.layers[0].mlp.experts.stacked_parameters()
+    assert sum(copied for _, copied in copies) == needed - weight_in.numel() - weight_out.numel()
+    assert not sorts
+    assert torch.equal(tokens, generate(model, ids, max_new_tokens=LONG, use_cache=False))
 
 
 def test_small_weights_are_left_as_they_are(copies: list[tuple[torch.Size, int]]) -> None:
