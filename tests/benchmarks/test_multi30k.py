@@ -68,7 +68,7 @@ def test_every_arm_s_recipe_holds_and_no_two_share_a_folder(multi30k: Any) -> No
     assert recipes[0] != recipes[1]
     assert len({arm.folder for arm in multi30k.ARMS.values()}) == len(multi30k.ARMS)
     starts = [recipe["start"]["checkpoint"] for recipe in recipes if "start" in recipe]
-    assert starts == ["pretrained"] * 5
+    assert starts == ["pretrained"] * 6
 
 
 def test_an_arm_that_goes_on_from_a_model_asks_for_it(
