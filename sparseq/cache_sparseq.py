@@ -135,6 +135,10 @@ class SparseqCache(EncoderDecoderCache):
         self._source_mask: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
         self._positions: tuple[int, Positions] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy would keep the step when generate() has ended, and what oneDNN has laid out cannot be copied.
+        return {**self.__dict__, "step": None}
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return (super().get_seq_length(layer_idx) + self._forgotten) // self.beams
 

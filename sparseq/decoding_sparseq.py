@@ -63,36 +63,56 @@ class LinearStep:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight, self.bias = weight, bias
-        self._packed: torch.Tensor | None = None
+        # Whether oneDNN has laid the weight out.
+        self.is_packed = False
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """`(..., inputs)` to `(..., outputs)`."""
-        if self._packed is not None:
-            product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(states, self._packed, self.bias, "none", [], "")
-            return product
-        return F.linear(states, self.weight, self.bias)
-
-    @property
-    def is_laid_out(self) -> bool:
-        """Whether oneDNN has laid the weight out."""
-        return self._packed is not None
+        if not self.is_packed:
+            return F.linear(states, self.weight, self.bias)
+        flat = states.reshape(-1, states.shape[-1])
+        rows = flat.shape[0]
+        size = padded(rows)
+        if size > rows:
+            flat = F.pad(flat, (0, 0, 0, size - rows))
+        product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(flat, self.weight, self.bias, "none", [], "")
+        return product[:rows].view(*states.shape[:-1], -1)
 
     def lay_out(self, rows: int) -> int:
         """Lay the weight out anew for products of so many rows, if that gains; returns how many numbers are copied."""
-        weight = self.weight
-        if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.numel() < self._SMALL:
+        weight = self.weight.detach()
+        is_plain = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.layout == torch.strided
+        if not is_plain or weight.numel() < self._SMALL:
             return 0
         if rows > 1 and packs():
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+            self.weight, self.is_packed = torch.ops.mkldnn._reorder_linear_weight(weight, padded(rows)), True
+            # Of a bias oneDNN takes no strides.
+            self.bias = None if self.bias is None else self.bias.detach().contiguous()
         elif rows <= self._FEW_ROWS and weight.shape[0] >= 2 * weight.shape[1]:
-            self.weight = weight.detach().t().contiguous().t()
+            self.weight = weight.t().contiguous().t()
         else:
             return 0
         return weight.numel()
 
 
-@functools.cache
+def padded(rows: int) -> int:
+    """
+    The rows that a product of oneDNN has for so many: 4, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40 and so on. For each
+    number of rows it makes a program, which takes half a millisecond and more than half a megabyte of the process.
+    """
+    if rows <= 8:
+        return 4 if rows <= 4 else 8
+    step = 1 << ((rows - 1).bit_length() - 3)
+    return -(-rows // step) * step
+
+
 def packs() -> bool:
+    """Whether weights may be laid out by oneDNN."""
+    return bool(torch.backends.mkldnn.enabled) and _can_pack()
+
+
+@functools.cache
+def _can_pack() -> bool:
     """
     Whether torch has the products with weights laid out by oneDNN that its compiler uses, and they are right: they are
     not of its public interface.
@@ -238,14 +258,14 @@ class SparseMLPStep:
         if self.shared is not None:
             yield from self.shared.linears()
         # Without oneDNN these would not be used, because the layer itself multiplies stacked weights.
-        if rows * self.router.top_k > self._FEW and packs():
+        if rows > 1 and rows * self.router.top_k > self._FEW and packs():
             yield [linear for expert in self.experts for linear in (expert.first, expert.second)]
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         flat = states.view(-1, states.shape[-1])
         is_autocast = torch.is_autocast_enabled(states.device.type)
         has_few = flat.shape[0] * self.router.top_k <= self._FEW
-        if not (has_few or self.experts[0].first.is_laid_out) or states.device.type != "cpu" or is_autocast:
+        if not (has_few or self.experts[0].first.is_packed) or states.device.type != "cpu" or is_autocast:
             return self.mlp(states)[0]
         weights, indices = self.router.choose(F.linear(flat.float(), self.router_weight))
         mix = self._one_by_one if has_few else self._sorted
@@ -267,7 +287,7 @@ class SparseMLPStep:
             torch.bincount(ids, minlength=len(self.experts)).tolist()
         )
         made = [expert(part) for expert, part in zip(self.experts, parts, strict=True) if part.shape[0]]
-        places = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0]))
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
         outputs = torch.cat(made).index_select(0, places).view(*indices.shape, -1)
         return (outputs * weights[..., None]).sum(dim=1)
 
@@ -317,8 +337,8 @@ class HeadStep:
     def __init__(self) -> None:
         self.linear: LinearStep | None = None
         self._steps = 0
-        # What `linear` is of.
-        self._state: tuple[int, int] | None = None
+        # What `linear` is of, and which version of it.
+        self._source: tuple[torch.Tensor, int] | None = None
 
     def __call__(self, head: Any, states: torch.Tensor) -> torch.Tensor:
         """What `head` makes of `(R, 1, H)`."""
@@ -328,9 +348,11 @@ class HeadStep:
         if self._steps == (self._PAID_BY if rows > 1 else 2 * self._PAID_BY) and self._serves(head, states):
             linear = LinearStep(head.weight, None)
             if linear.lay_out(rows):
-                self.linear, self._state = linear, _state_of(head.weight)
-        if self.linear is not None and self._serves(head, states) and self._state == _state_of(head.weight):
-            return self.linear(states)
+                self.linear, self._source = linear, (head.weight, head.weight._version)
+        if self.linear is not None and self._source is not None and self._serves(head, states):
+            weight, version = self._source
+            if weight is head.weight and version == weight._version:
+                return self.linear(states)
         logits: torch.Tensor = head(states)
         return logits
 
@@ -346,16 +368,11 @@ class HeadStep:
         return is_plain and weight.numel() <= self._LARGEST
 
 
-def _state_of(weight: torch.Tensor) -> tuple[int, int]:
-    """Another one whenever a weight is replaced or changed."""
-    return id(weight), weight._version
-
-
 class DecoderStep:
     """
     The decoder for one more token of each row, in inference: the same as its `forward`, without what is the same at
     each step, and without calls of modules, each of which takes as long as a small product. It is made for one call of
-    generate(), and holds some of the decoder's weights a second time.
+    generate(), and holds some of the decoder's weights a second time, so those must not change meanwhile.
     """
 
     # Steps by which it has paid to lay the weights out anew, and numbers that are copied for that.

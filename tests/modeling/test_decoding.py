@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from sparseq import SparseqForConditionalGeneration, decoding_sparseq
 from sparseq.cache_sparseq import SparseqCache, TargetLayer
-from sparseq.decoding_sparseq import DecoderStep, HeadStep, LinearStep, SparseMLPStep, packs
+from sparseq.decoding_sparseq import DecoderStep, HeadStep, LinearStep, SparseMLPStep, packs, padded
 from sparseq.modeling_sparseq import SparseqAttention, SparseqSparseMLP
 from tests.absent import run_without_package
 from tests.tiny import PAD, source_batch, tiny_model
@@ -233,9 +233,9 @@ def test_a_head_that_changes_is_the_one_that_is_used(
     assert not torch.equal(written[0], unchanged), "the change has no effect"
 
 
-@pytest.mark.parametrize("kind", ["a bias", "bfloat16", "autocast", "few outputs", "large"])
+@pytest.mark.parametrize("kind", ["as usual", "a bias", "bfloat16", "autocast", "few outputs", "large"])
 def test_a_head_is_left_as_it_is_where_that_gains_nothing(
-    kind: str, heads: list[HeadStep], monkeypatch: pytest.MonkeyPatch
+    kind: str, heads: list[HeadStep], layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = endless(vocab_size=60 if kind == "few outputs" else 128), source_batch((7,))
     if kind == "a bias":
@@ -247,7 +247,7 @@ def test_a_head_is_left_as_it_is_where_that_gains_nothing(
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"):
         generate(model, ids, max_new_tokens=LONG)
     (head,) = heads
-    assert head.linear is None
+    assert (head.linear is not None) == (kind == "as usual")
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -314,7 +314,70 @@ def test_a_torch_without_these_products_or_with_others_is_noticed(monkeypatch: p
     for ops in (object(), Ops()):
         with monkeypatch.context() as patch:
             patch.setattr(torch.ops, "mkldnn", ops)
-            assert not packs.__wrapped__()
+            assert not decoding_sparseq._can_pack.__wrapped__()
+
+
+def test_a_switched_off_onednn_is_not_used() -> None:
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not packs()
+
+
+def test_products_are_of_few_sizes_and_little_larger_than_needed() -> None:
+    sizes = [padded(rows) for rows in range(1, 1025)]
+    assert all(rows <= size for rows, size in enumerate(sizes, start=1))
+    assert all(size <= max(8, 1.25 * rows) for rows, size in enumerate(sizes, start=1))
+    assert len(set(sizes)) <= 30
+
+
+def test_another_default_device_changes_nothing(layout: str) -> None:
+    model, ids = endless(), source_batch((7,) * 5)
+    expected = generate(model, ids, max_new_tokens=LONG, use_cache=False)
+    with torch.device("meta"):
+        tokens = generate(model, ids, max_new_tokens=LONG)
+    assert torch.equal(tokens, expected)
+
+
+@pytest.mark.parametrize("kind", ["strided biases", "sparse weights"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_unusual_weights_are_used_as_they_are(kind: str, rows: int, layout: str) -> None:
+    model, ids = endless(**DENSE, ffn_bias=True), source_batch((7,) * rows)
+    for layer in model.model.decoder.layers:
+        projection = layer.mlp.up_proj
+        if kind == "strided biases":
+            bias = torch.nn.init.normal_(projection.bias.detach())
+            projection.bias = torch.nn.Parameter(bias.repeat_interleave(2)[::2])
+        else:
+            projection.weight = torch.nn.Parameter(projection.weight.detach().to_sparse_csr(), requires_grad=False)
+    output = generate(model, ids, output_logits=True, return_dict_in_generate=True, max_new_tokens=LONG)
+    expected = model(input_ids=ids, decoder_input_ids=output.sequences[:, :-1]).logits
+    assert_close(torch.stack(output.logits, dim=1), expected, torch.float32)
+
+
+class Copying(LogitsProcessor):
+    """Copies the cache of a call, as its caller might."""
+
+    def __init__(self, caches: list[SparseqCache]) -> None:
+        self.caches, self.copies = caches, []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] == LONG - 2:
+            self.copies = [copy.deepcopy(cache) for cache in self.caches]
+        return scores
+
+
+def test_a_cache_may_be_copied_during_a_call(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: list[SparseqCache] = []
+    original = SparseqCache.__init__
+    monkeypatch.setattr(
+        SparseqCache,
+        "__init__",
+        lambda self, *args, **kwargs: (original(self, *args, **kwargs), caches.append(self))[0],
+    )
+    copying = Copying(caches)
+    generate(endless(**DENSE), source_batch(), max_new_tokens=LONG, logits_processor=LogitsProcessorList([copying]))
+    (made,) = copying.copies
+    assert made.step is None
+    assert made.get_seq_length() == LONG - 2
 
 
 def test_a_prefix_is_continued_by_beams_that_share(steps: list[int]) -> None:
