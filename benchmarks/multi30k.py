@@ -137,8 +137,8 @@ def arm_recipe(arm: Arm, data: Path, target: str, seed: int, start: Path | None 
     if arm.starts:
         changes.append(f"start.checkpoint={start}")
     changes = [*arm.overrides, *changes, f"seed={seed}"]
-    # Several processes share the batches that a recipe sums up for an update, so that it remains the recipe's. An update
-    # of one batch grows with the processes.
+    # Several processes share the batches that a recipe sums up for an update, so that it remains the recipe's.
+    # An update of one batch grows with the processes.
     batches = load_recipe(arm.recipe, changes).training.gradient_accumulation_steps
     if batches % processes == 0:
         changes.append(f"training.gradient_accumulation_steps={batches // processes}")
