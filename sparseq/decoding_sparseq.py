@@ -375,8 +375,9 @@ class DecoderStep:
     generate(), and holds some of the decoder's weights a second time, so those must not change meanwhile.
     """
 
-    # Steps by which it has paid to lay the weights out anew, and numbers that are copied for that.
-    _PAID_BY, _COPIED = 16, 1 << 25
+    # Steps by which it has paid to lay the weights out anew, half as many for so many rows, which gain more; and how
+    # many numbers may be copied for that.
+    _PAID_BY, _MANY_ROWS, _COPIED = 32, 32, 1 << 25
 
     def __init__(self, decoder: SparseqDecoder) -> None:
         self.decoder = decoder
@@ -414,8 +415,10 @@ class DecoderStep:
         """
         decoder, limit = self.decoder, self.limit
         self._steps += 1
-        if self._steps == self._PAID_BY and not torch.is_autocast_enabled(input_ids.device.type):
-            self._lay_out(input_ids.shape[0])
+        rows = input_ids.shape[0]
+        paid_by = self._PAID_BY if rows < self._MANY_ROWS else self._PAID_BY // 2
+        if self._steps == paid_by and not torch.is_autocast_enabled(input_ids.device.type):
+            self._lay_out(rows)
         past, beams = cache.get_seq_length(), cache.beams
         if limit is not None:
             decoder.check_length(past + 1)
@@ -438,7 +441,7 @@ class DecoderStep:
             states = layer(states, cache, mask, source_mask, rotary)
         if decoder.norm is not None:
             states = decoder.norm(states)
-        return states.view(input_ids.shape[0], 1, -1)
+        return states.view(rows, 1, -1)
 
     def _lay_out(self, rows: int) -> None:
         """Lay the weights out anew, as many as there may be copies of."""

@@ -55,6 +55,17 @@ DEFECTS = [
         "super().get_seq_length(layer_idx) // self.beams",
     ),
     Defect(
+        "a vocabulary's weight that was laid out before it changed",
+        "if weight is head.weight and version == weight._version:",
+        "if weight is head.weight:",
+    ),
+    Defect("packed biases with strides", "self.bias.detach().contiguous()", "self.bias.detach()"),
+    Defect(
+        "packed experts in another order",
+        "torch.cat(made).index_select(0, places)",
+        "torch.cat(made).index_select(0, order)",
+    ),
+    Defect(
         "labels shifted twice",
         "labels.to(logits.device).reshape(-1)",
         "labels.to(logits.device).roll(-1, -1).reshape(-1)",
