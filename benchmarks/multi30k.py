@@ -87,7 +87,7 @@ ARMS = {
     # From a model of both languages.
     "joint": _with_machine_translations("joint", "model.dropout=0.15", "training.max_steps=2200"),
     # From the paper's model, with captions that it has translated itself.
-    "self-taught": _with_machine_translations("self-taught", "model.dropout=0.15", "training.max_steps=1100"),
+    "self-taught": _with_machine_translations("self-taught", "model.dropout=0.15", "training.max_steps=700"),
     # Once more, where the best model so far has translated. The penalty is the best on the validation set.
     "again": _with_machine_translations("again", "training.max_steps=6000", "decoding.length_penalty=1.6"),
     # From one of these, on people's translations alone.
