@@ -244,12 +244,17 @@ class SparseMLPStep:
         self.mlp, self.router = mlp, mlp.router
         self.router_weight = mlp.router.weight.float()
         self.shared = None if mlp.shared_experts is None else MLPStep(mlp.shared_experts)
+
+    @functools.cached_property
+    def experts(self) -> list[ExpertStep]:
+        """Each expert by itself; made when they are needed, because they may be many."""
+        experts = self.mlp.experts
         parts = (
-            [None] * mlp.experts.num_experts if stacked is None else stacked.unbind()
-            for stacked in mlp.experts.stacked_parameters()
+            [None] * experts.num_experts if stacked is None else stacked.unbind()
+            for stacked in experts.stacked_parameters()
         )
-        self.experts = [
-            ExpertStep(LinearStep(weight_in, bias_in), LinearStep(weight_out, bias_out), mlp.experts)
+        return [
+            ExpertStep(LinearStep(weight_in, bias_in), LinearStep(weight_out, bias_out), experts)
             for weight_in, bias_in, weight_out, bias_out in zip(*parts, strict=True)
         ]
 
@@ -265,7 +270,7 @@ class SparseMLPStep:
         flat = states.view(-1, states.shape[-1])
         is_autocast = torch.is_autocast_enabled(states.device.type)
         has_few = flat.shape[0] * self.router.top_k <= self._FEW
-        if not (has_few or self.experts[0].first.is_packed) or states.device.type != "cpu" or is_autocast:
+        if states.device.type != "cpu" or is_autocast or not (has_few or self.experts[0].first.is_packed):
             return self.mlp(states)[0]
         weights, indices = self.router.choose(F.linear(flat.float(), self.router_weight))
         mix = self._one_by_one if has_few else self._sorted
